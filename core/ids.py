@@ -1,0 +1,36 @@
+"""Sortable ids: a readable prefix and a 26-character ULID in lower-case Crockford base32."""
+
+import secrets
+import time
+from enum import StrEnum
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+class IdPrefix(StrEnum):
+    """The prefix of every public id (design: SERVICE 6.1)."""
+
+    OWNER = "own_"
+    API_KEY = "key_"
+    DATASET = "ds_"
+    RECOMMENDATION = "rec_"
+    FINE_TUNING_JOB = "ftjob-"
+    JOB = "job_"
+    STUDY = "study_"
+    TRIAL = "trial_"
+    CHECKPOINT = "ckpt_"
+    EVENT = "evt_"
+    REQUEST = "req_"
+    WORKER = "wrk_"
+
+
+def ulid(unix_ms: int | None = None) -> str:
+    """Return 48 bits of milliseconds and 80 random bits; ids of later milliseconds sort later."""
+    value = ((time.time_ns() // 1_000_000) if unix_ms is None else unix_ms) << 80
+    value |= secrets.randbits(80)
+    return "".join(_ALPHABET[(value >> shift) & 31] for shift in range(125, -1, -5))
+
+
+def new_id(prefix: IdPrefix) -> str:
+    """Return a fresh id such as `ds_01j…`."""
+    return f"{prefix.value}{ulid()}"

@@ -1,0 +1,142 @@
+"""States of jobs, datasets and trials, and the legal moves between them (design: SERVICE 6.4)."""
+
+from enum import StrEnum
+
+
+class JobStatus(StrEnum):
+    """Public states of a job: OpenAI's six and `paused`. Terminal ones never change."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has ended."""
+        return not JOB_TRANSITIONS[self]
+
+
+JOB_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.VALIDATING_FILES: frozenset(
+        {JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset(
+        {
+            JobStatus.QUEUED,
+            JobStatus.PAUSED,
+            JobStatus.SUCCEEDED,
+            JobStatus.FAILED,
+            JobStatus.CANCELLED,
+        }
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+
+
+class JobKind(StrEnum):
+    """What a job does; decides its id prefix, its queue and its function."""
+
+    DATASET = "dataset"
+    RECOMMENDATION = "recommendation"
+    TRAINING = "training"
+
+
+class Phase(StrEnum):
+    """What a running job is doing now."""
+
+    DOWNLOADING_MODEL = "downloading_model"
+    CONVERTING = "converting"
+    COMPUTING_METRICS = "computing_metrics"
+    SEARCHING = "searching"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SAVING = "saving"
+    FINALIZING = "finalizing"
+
+
+class Attention(StrEnum):
+    """Something a person should look at while the job goes on."""
+
+    STALLED = "stalled"
+    RETRYING = "retrying"
+    LOW_DISK = "low_disk"
+    BUDGET_90 = "budget_90"
+    LOSS_DIVERGING = "loss_diverging"
+    LIKELIHOOD_DISPLACEMENT = "likelihood_displacement"
+
+
+class DatasetStatus(StrEnum):
+    """States of a dataset."""
+
+    VALIDATING = "validating"
+    READY = "ready"
+    READY_WITH_WARNINGS = "ready_with_warnings"
+    INVALID = "invalid"
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a job may be made from it."""
+        return self in (DatasetStatus.READY, DatasetStatus.READY_WITH_WARNINGS)
+
+
+class StepStatus(StrEnum):
+    """States of one resumable step of a job."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+
+
+class TrialStatus(StrEnum):
+    """States of a trial: Optuna's own, lower-cased."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAIL = "fail"
+
+
+class EndedBy(StrEnum):
+    """Why a trial ended other than by reaching its budget of steps."""
+
+    BUDGET = "budget"
+    PRUNER = "pruner"
+    NAN = "nan"
+    OOM = "oom"
+    WORKER_LOST = "worker_lost"
+    USER = "user"
+
+
+class AttemptOutcome(StrEnum):
+    """How one attempt at a job ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    PREEMPTED = "preempted"
+    RETRY = "retry"
+
+
+class EventType(StrEnum):
+    """Types of stored events (design: SERVICE 6.7)."""
+
+    JOB_STATUS = "job.status"
+    JOB_PHASE = "job.phase"
+    JOB_METRICS = "job.metrics"
+    JOB_CHECKPOINT = "job.checkpoint"
+    JOB_WARNING = "job.warning"
+    TRIAL_STARTED = "trial.started"
+    TRIAL_COMPLETED = "trial.completed"
+    TRIAL_FAILED = "trial.failed"
+    RECOMMENDATION_UPDATED = "recommendation.updated"
+    DONE = "done"

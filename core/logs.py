@@ -1,0 +1,44 @@
+"""One line of JSON per log record, with secrets taken out."""
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+
+_SECRETS = re.compile(
+    r"(dk-[a-z]+-)[0-9A-Za-z]{6,}|(hf_)[0-9A-Za-z]{6,}|(://[^:/@\s]+:)[^@\s]+(?=@)"
+)
+
+
+def scrub(text: str) -> str:
+    """Replace API keys, hub tokens and URL passwords by `…`."""
+    return _SECRETS.sub(lambda m: f"{m.group(1) or m.group(2) or m.group(3)}…", text)
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object; `extra={"kdpo": {...}}` adds fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON line."""
+        entry = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": scrub(record.getMessage()),
+        }
+        fields = getattr(record, "kdpo", None)
+        if isinstance(fields, dict):
+            entry.update(fields)
+        if record.exc_info:
+            entry["traceback"] = scrub(self.formatException(record.exc_info))
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Send all logs of this process to stderr as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)

@@ -1,0 +1,76 @@
+"""What selection measured and what it recommends, as plain values that go to JSON and back."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from core.spec import ObjectiveSpec, SpecModel
+
+
+class Estimate(SpecModel):
+    """A value with its bootstrap interval (2.5 % and 97.5 % quantiles)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class KernelMetrics(SpecModel):
+    """Metrics of one kernel's geometry (docs/selection.md)."""
+
+    kernel: str
+    pnd: Estimate
+    pnav: Estimate
+    tat: Estimate
+    nag: Estimate
+    kpa: Estimate
+
+
+class ReferenceMetrics(SpecModel):
+    """Metrics of the reference model on the data (docs/selection.md)."""
+
+    support_overlap: Estimate
+    drift_magnitude: Estimate
+    kurtosis: Estimate
+    smoothness: Estimate
+    reference_accuracy: Estimate
+    length_bias: Estimate = Field(description="Cohen's d of chosen against rejected token counts")
+
+
+class DatasetProfile(SpecModel):
+    """All metrics of one dataset under one reference model."""
+
+    pairs: int
+    prompts: int
+    sampled_pairs: int
+    seed: int
+    kernels: tuple[KernelMetrics, ...]
+    reference: ReferenceMetrics
+
+
+class RankedPair(SpecModel):
+    """One kernel and divergence with its score and why."""
+
+    rank: int
+    kernel: str
+    divergence: str
+    mode: Literal["penalty", "link"]
+    score: Estimate
+    reason: str
+    evidence: dict[str, float]
+    objective: ObjectiveSpec
+
+
+class Recommendation(SpecModel):
+    """A ranking with an honest statement of how far the data separate it."""
+
+    kernel: str
+    divergence: str
+    runner_up: RankedPair
+    margin: float
+    confidence: float = Field(ge=0.0, le=1.0, description="probability that rank 1 beats rank 2")
+    separated: bool
+    kernels_separated: bool
+    summary: str
+    ranking: tuple[RankedPair, ...]
+    profile: DatasetProfile

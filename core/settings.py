@@ -1,0 +1,217 @@
+"""All settings: one frozen tree, read from `KDPO_*` variables once, passed on as an argument."""
+
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Mode(StrEnum):
+    """`embedded`: SQLite and a file broker in one folder; `full`: Postgres and Redis."""
+
+    EMBEDDED = "embedded"
+    FULL = "full"
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ApiSettings(_Group):
+    """Where the API listens and what it accepts."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8321, ge=0, le=65535)
+    public_url: str | None = None
+    max_upload_bytes: int = Field(default=2048 * MIB, gt=0)
+    max_body_bytes: int = Field(default=MIB, gt=0, description="bodies other than uploads")
+    wait_default_s: float = Field(default=30.0, ge=0)
+    wait_max_s: float = Field(default=120.0, ge=0)
+
+
+class DbSettings(_Group):
+    """Database; without a URL an SQLite file in the data folder."""
+
+    url: SecretStr | None = None
+    pool_size: int = Field(default=10, ge=1)
+
+
+class BrokerSettings(_Group):
+    """Celery's broker; without a URL files in the data folder."""
+
+    url: SecretStr | None = None
+    key_prefix: str = "kdpo:"
+
+
+class ModelSettings(_Group):
+    """Which base models may be named."""
+
+    dirs: Annotated[tuple[Path, ...], NoDecode] = ()
+    allow_local_paths: bool | None = Field(
+        default=None, description="any local path; default: only in embedded mode"
+    )
+    hub_enabled: bool = True
+    hub_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("*",), description="glob patterns of hub ids that may be named"
+    )
+    hub_timeout_s: float = Field(default=10.0, gt=0)
+    hub_token: SecretStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: object) -> object:
+        if isinstance(values, dict):
+            for name, separator in (("dirs", ":"), ("hub_allow", ",")):
+                if isinstance(values.get(name), str):
+                    values = {**values, name: tuple(p for p in values[name].split(separator) if p)}
+        return values
+
+
+class DataLimits(_Group):
+    """Limits of one uploaded dataset (sizes in bytes)."""
+
+    max_line_bytes: int = Field(default=MIB, gt=0)
+    max_decompressed_bytes: int = Field(default=8192 * MIB, gt=0)
+    max_ratio: float = Field(default=200.0, gt=1)
+    max_rows: int = Field(default=5_000_000, gt=0)
+    max_depth: int = Field(default=32, gt=0)
+    max_errors: int = Field(default=100_000, gt=0)
+    examples_per_code: int = Field(default=20, gt=0)
+    min_pairs: int = Field(default=10, ge=3)
+    min_prompts: int = Field(default=3, ge=3)
+    parser_memory_bytes: int = Field(default=2048 * MIB, gt=0)
+    parser_cpu_s: int = Field(default=3600, gt=0)
+
+
+class WorkerSettings(_Group):
+    """Leases and loops of the job protocol (seconds)."""
+
+    lease_s: float = Field(default=60.0, gt=0)
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    self_fence_s: float = Field(default=45.0, gt=0)
+    reap_s: float = Field(default=10.0, gt=0)
+    sweep_s: float = Field(default=10.0, gt=0)
+    kill_grace_s: float = Field(default=20.0, gt=0)
+    max_losses: int = Field(default=5, ge=1)
+    max_retries: int = Field(default=2, ge=0)
+    backoff_s: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if not self.heartbeat_s < self.self_fence_s < self.lease_s:
+            raise ValueError(
+                f"heartbeat_s {self.heartbeat_s} < self_fence_s {self.self_fence_s} < lease_s "
+                f"{self.lease_s} must hold, or two attempts could run at once"
+            )
+        return self
+
+
+class TrainingSettings(_Group):
+    """What the machine gives to one training process."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    num_threads: int | None = Field(default=None, ge=1)
+    checkpoint_every_s: float = Field(default=300.0, ge=0)
+    progress_every_s: float = Field(default=1.0, gt=0)
+
+
+class AuthSettings(_Group):
+    """Bearer keys; switching them off is refused beyond loopback."""
+
+    required: bool = True
+
+
+class Settings(BaseSettings):
+    """The whole configuration of a process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KDPO_", env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+    mode: Mode = Mode.EMBEDDED
+    environment: str = Field(default="live", pattern=r"^[a-z]{1,12}$")
+    data_dir: Path = Path("kdpo-data")
+    log_level: str = "INFO"
+    api: ApiSettings = ApiSettings()
+    auth: AuthSettings = AuthSettings()
+    db: DbSettings = DbSettings()
+    broker: BrokerSettings = BrokerSettings()
+    models: ModelSettings = ModelSettings()
+    data: DataLimits = DataLimits()
+    worker: WorkerSettings = WorkerSettings()
+    training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode is Mode.FULL:
+            missing = [
+                name
+                for name, value in (
+                    ("KDPO_DB__URL", self.db.url),
+                    ("KDPO_BROKER__URL", self.broker.url),
+                )
+                if value is None
+            ]
+            if missing:
+                raise ValueError(
+                    f"mode `full` needs {' and '.join(missing)}; set them, or use mode `embedded`"
+                )
+        if not self.auth.required and self.api.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"auth is off and api.host is {self.api.host!r}: refusing to listen beyond "
+                "loopback without API keys; set KDPO_AUTH__REQUIRED=true"
+            )
+        return self
+
+    @property
+    def root(self) -> Path:
+        """The data folder as an absolute path."""
+        return self.data_dir.expanduser().absolute()
+
+    @cached_property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the main database."""
+        if self.db.url is None:
+            return f"sqlite:///{self.root / 'kdpo.db'}"
+        url = self.db.url.get_secret_value()
+        for bare in ("postgres://", "postgresql://"):
+            if url.startswith(bare):
+                return "postgresql+psycopg://" + url.removeprefix(bare)
+        return url
+
+    @cached_property
+    def broker_url(self) -> str:
+        """URL of Celery's broker."""
+        return "filesystem://" if self.broker.url is None else self.broker.url.get_secret_value()
+
+    @property
+    def broker_dir(self) -> Path:
+        """Folder of the file broker."""
+        return self.root / "broker"
+
+    @property
+    def artifact_dir(self) -> Path:
+        """Folder of everything that is too large for the database."""
+        return self.root / "artifacts"
+
+    @property
+    def upload_dir(self) -> Path:
+        """Folder of uploads that are not validated yet."""
+        return self.root / "uploads"
+
+    @property
+    def model_dirs(self) -> tuple[Path, ...]:
+        """Folders whose sub-folders may be named as base models."""
+        return (self.root / "models", *(d.expanduser().absolute() for d in self.models.dirs))
+
+    @property
+    def local_paths_allowed(self) -> bool:
+        """Whether a request may name a base model by its path on the server."""
+        if self.models.allow_local_paths is None:
+            return self.mode is Mode.EMBEDDED
+        return self.models.allow_local_paths
