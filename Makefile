@@ -1,0 +1,64 @@
+# One-line commands; `make help` lists them. CI runs these same targets (.ci/run).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+# Tiny models gain nothing from threads, and the exactness tests fix the number of threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-fast lint fmt serve migrate revision clean
+
+help: ## List the targets
+	@echo "kdpo: make <target>"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install kdpo with everything it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "setup: '$(PYTHON)' was not found; install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = v >= (3, 11); ok or print("setup: found Python %d.%d, need 3.11 or newer; name one: make setup PYTHON=python3.11" % v[:2], file=sys.stderr); sys.exit(not ok)'
+	@test -x $(BIN)/python || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing kdpo[worker,dev] at the versions of constraints.txt (minutes on the first run)"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
+	@touch $@
+	@echo "setup: done; next: make demo"
+
+demo: setup ## Upload, recommend, train and compare on a tiny model, on this machine
+	$(BIN)/python examples/demo.py
+
+test: setup ## Run every test, end-to-end ones included (minutes)
+	$(PYTEST)
+
+test-fast: setup ## Run unit and architecture tests (seconds to a minute)
+	$(PYTEST) tests/unit tests/architecture
+
+lint: setup ## Check style, format, types and the arrows between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup ## Format the code and apply the safe fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+serve: setup ## Start API and workers on this machine (SQLite, no other server)
+	$(BIN)/kdpo serve
+
+migrate: setup ## Bring the database of the settings to the newest revision
+	$(BIN)/kdpo migrate
+
+revision: setup ## Write a migration from the tables: make revision m="what changes"
+	@test -n "$(m)" || { echo 'revision: say what changes: make revision m="add table x"' >&2; exit 1; }
+	$(BIN)/alembic revision --autogenerate -m "$(m)"
+
+clean: ## Remove caches and build outputs (keeps .venv and kdpo-data)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
