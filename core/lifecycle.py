@@ -47,6 +47,7 @@ class JobKind(StrEnum):
     DATASET = "dataset"
     RECOMMENDATION = "recommendation"
     TRAINING = "training"
+    EXPORT = "export"
 
 
 class Phase(StrEnum):
@@ -134,6 +135,7 @@ class EventType(StrEnum):
     JOB_PHASE = "job.phase"
     JOB_METRICS = "job.metrics"
     JOB_CHECKPOINT = "job.checkpoint"
+    JOB_STEP = "job.step"
     JOB_WARNING = "job.warning"
     TRIAL_STARTED = "trial.started"
     TRIAL_COMPLETED = "trial.completed"

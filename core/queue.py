@@ -23,6 +23,7 @@ QUEUE_OF_KIND: dict[JobKind, QueueName] = {
     JobKind.DATASET: QueueName.CPU,
     JobKind.RECOMMENDATION: QueueName.GPU,
     JobKind.TRAINING: QueueName.GPU,
+    JobKind.EXPORT: QueueName.GPU,
 }
 
 

@@ -1,0 +1,45 @@
+"""Alembic's environment: one tree for both databases, batch mode on SQLite."""
+
+from typing import Any
+
+from alembic import context
+from alembic.autogenerate.api import AutogenContext
+from sqlalchemy import JSON
+
+import models
+from models.session import make_engine
+from models.types import EnumText
+
+
+
+def render_plain(kind: str, item: Any, autogen: AutogenContext) -> str | bool:
+    """Write a migration with plain types, so that it means the same when the code has moved on."""
+    if kind == "type" and isinstance(item, EnumText):
+        return "sa.String(length=40)"
+    if kind == "type" and isinstance(item, JSON):
+        autogen.imports.add("from sqlalchemy.dialects import postgresql")
+        return 'sa.JSON().with_variant(postgresql.JSONB(), "postgresql")'
+    return False
+
+
+url: str | None = context.config.attributes.get("database_url")
+if url is None:
+    raise SystemExit("run migrations with `kdpo migrate` or models.migrate.upgrade(url)")
+
+engine = make_engine(url, pool_size=1)
+with engine.connect() as connection:
+    context.configure(
+        connection=connection,
+        target_metadata=models.Base.metadata,
+        render_as_batch=connection.dialect.name == "sqlite",
+        version_table="kdpo_schema_version",
+        compare_type=True,
+        render_item=render_plain,
+        transactional_ddl=True,
+    )
+    with context.begin_transaction():
+        if connection.dialect.name == "postgresql":
+            # Two processes that start at once must not both create the tables.
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(752104)")
+        context.run_migrations()
+engine.dispose()

@@ -1,0 +1,33 @@
+"""SQL tables (not neural networks); importing the package knows them all, as Alembic needs."""
+
+from models.base import Base
+from models.dataset import Dataset
+from models.experiment import (
+    Checkpoint,
+    MetricPoint,
+    RecommendationRow,
+    ResumePoint,
+    StudyRow,
+    TrialRow,
+)
+from models.job import Event, Job, JobAttempt, JobStep, Outbox, Worker
+from models.owner import ApiKey, Owner
+
+__all__ = [
+    "ApiKey",
+    "Base",
+    "Checkpoint",
+    "Dataset",
+    "Event",
+    "Job",
+    "JobAttempt",
+    "JobStep",
+    "MetricPoint",
+    "Outbox",
+    "Owner",
+    "RecommendationRow",
+    "ResumePoint",
+    "StudyRow",
+    "TrialRow",
+    "Worker",
+]

@@ -1,0 +1,97 @@
+"""Engine and transactions; the only place that commits."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from core.errors import StorageFull, Unavailable
+
+
+def make_engine(url: str, *, pool_size: int = 10) -> Engine:
+    """Create the engine; SQLite in WAL mode with BEGIN IMMEDIATE, so that no update is lost."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(
+            parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True,
+            pool_recycle=1800, hide_parameters=True,
+        )  # fmt: skip
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        parsed, pool_size=pool_size, max_overflow=pool_size, hide_parameters=True,
+        connect_args={"timeout": 30.0},
+    )  # fmt: skip
+    event.listen(engine, "connect", _sqlite_connect)
+    event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def _sqlite_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    if not isinstance(connection, sqlite3.Connection):
+        raise TypeError(f"expected sqlite3.Connection, got {type(connection).__name__}")
+    connection.isolation_level = None
+    for pragma in (
+        "busy_timeout=30000",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A deferred transaction that reads and then writes fails with BUSY_SNAPSHOT at once.
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+class Database:
+    """Hands out transactions on one engine; made once per process, never across a fork."""
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        self.engine = make_engine(url, pool_size=pool_size)
+        self._reader = self.engine.execution_options(read_only=True)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """Commit when the block ends, roll back when it raises.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+            StorageFull: the disk of an embedded database is full.
+        """
+        with self._translated(), Session(self.engine, expire_on_commit=False) as session:
+            yield session
+            session.commit()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Give a transaction that only reads; objects stay usable after the block."""
+        with self._translated(), Session(self._reader, expire_on_commit=False) as session:
+            yield session
+            session.expunge_all()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            text = str(error.orig)
+            if "disk is full" in text or "No space left" in text:
+                raise StorageFull(
+                    "the database has no room left on its disk", hint="free space and try again"
+                ) from error
+            if error.connection_invalidated or "connection" in text.lower() or "locked" in text:
+                raise Unavailable("the database does not answer; try again shortly") from error
+            raise
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
