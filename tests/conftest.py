@@ -1,0 +1,139 @@
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+import psycopg
+import pytest
+import redis
+from sqlalchemy import make_url
+
+from tests.servers import RedisServer, ServerMissing, run_postgres, run_redis
+
+
+def _without(missing: ServerMissing) -> NoReturn:
+    """A server that is missing fails under CI and skips with its reason on a laptop."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI is set and {missing}", pytrace=False)
+    pytest.skip(str(missing))
+
+
+def _execute(admin_url: str, statement: str) -> None:
+    url = make_url(admin_url).set(drivername="postgresql")
+    with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as admin:
+        admin.execute(statement.encode())
+
+
+def _named(admin_url: str, database: str) -> str:
+    url = make_url(admin_url).set(database=database, drivername="postgresql+psycopg")
+    return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """Admin URL of a real Postgres: `TEST_DATABASE_URL`, or a server of our own."""
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given:
+        yield make_url(given).set(drivername="postgresql+psycopg").render_as_string(False)
+        return
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(run_postgres())
+        except ServerMissing as missing:
+            _without(missing)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _postgres_template(postgres_server: str) -> Iterator[str]:
+    """Name of a database at the newest migration; tests get clones of it."""
+    from models.migrate import upgrade
+
+    name = f"kdpo_template_{uuid.uuid4().hex[:12]}"
+    _execute(postgres_server, f"CREATE DATABASE {name}")
+    upgrade(_named(postgres_server, name))
+    yield name
+    _execute(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of a fresh Postgres database without tables."""
+    name = f"kdpo_{uuid.uuid4().hex[:12]}"
+    _execute(postgres_server, f"CREATE DATABASE {name}")
+    yield _named(postgres_server, name)
+    _execute(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str, _postgres_template: str) -> Iterator[str]:
+    """URL of a fresh Postgres database at the newest migration."""
+    name = f"kdpo_{uuid.uuid4().hex[:12]}"
+    _execute(postgres_server, f"CREATE DATABASE {name} TEMPLATE {_postgres_template}")
+    yield _named(postgres_server, name)
+    _execute(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from models.migrate import upgrade
+
+    file = tmp_path_factory.mktemp("sqlite-template") / "template.db"
+    upgrade(f"sqlite:///{file}")
+    left_over = [p.name for p in file.parent.iterdir() if p != file]
+    assert not left_over, f"upgrade() left its connection open: {left_over}"
+    return file
+
+
+@pytest.fixture
+def sqlite_url(_sqlite_template: Path, tmp_path: Path) -> str:
+    """URL of a fresh SQLite file at the newest migration."""
+    file = tmp_path / "kdpo.db"
+    file.write_bytes(_sqlite_template.read_bytes())
+    return f"sqlite:///{file}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """URL of a fresh migrated database, once on SQLite and once on Postgres."""
+    url = request.getfixturevalue(f"{request.param}_url")
+    assert isinstance(url, str)
+    return url
+
+
+@pytest.fixture(scope="session")
+def _redis_shared() -> Iterator[str]:
+    given = os.environ.get("TEST_REDIS_URL")
+    if given:
+        yield given
+        return
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(run_redis())
+        except ServerMissing as missing:
+            _without(missing)
+        yield server.url
+
+
+@pytest.fixture
+def redis_url(_redis_shared: str) -> str:
+    """URL of a Redis database that has just been emptied."""
+    client = redis.Redis.from_url(_redis_shared)
+    try:
+        client.flushdb()
+    finally:
+        client.close()
+    return _redis_shared
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis of the test's own, to be killed and started again."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(run_redis())
+        except ServerMissing as missing:
+            _without(missing)
+        yield server
