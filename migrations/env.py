@@ -1,6 +1,6 @@
 """Alembic's environment: one tree for both databases, batch mode on SQLite."""
 
-from typing import Any
+from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
@@ -11,8 +11,7 @@ from models.session import make_engine
 from models.types import EnumText
 
 
-
-def render_plain(kind: str, item: Any, autogen: AutogenContext) -> str | bool:
+def render_plain(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
     """Write a migration with plain types, so that it means the same when the code has moved on."""
     if kind == "type" and isinstance(item, EnumText):
         return "sa.String(length=40)"

@@ -1,0 +1,70 @@
+"""Events: appended under the job's row lock, so that `seq` has no gaps and no doubles."""
+
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from core.errors import NotFound
+from core.ids import IdPrefix, new_id
+from core.lifecycle import EventType
+from models.job import Event, Job
+from models.types import db_now
+
+
+def append_event(
+    session: Session,
+    job_id: str,
+    type_: EventType,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+) -> int:
+    """Append one event in the caller's transaction and return its `seq`."""
+    numbered = (
+        update(Job)
+        .where(Job.id == job_id)
+        .values(event_seq=Job.event_seq + 1)
+        .returning(Job.event_seq, Job.owner_id, Job.attempt)
+        .execution_options(synchronize_session=False)
+    )
+    row = session.execute(numbered).one_or_none()
+    if row is None:
+        raise NotFound(f"no job {job_id!r}")
+    session.add(
+        Event(
+            id=new_id(IdPrefix.EVENT),
+            owner_id=row.owner_id,
+            job_id=job_id,
+            seq=row.event_seq,
+            attempt=row.attempt,
+            type=type_,
+            level=level,
+            message=message[:2000],
+            data=data or {},
+            created_at=db_now(),
+        )
+    )
+    session.flush()
+    return int(row.event_seq)
+
+
+def events_after(session: Session, job_id: str, seq: int, limit: int) -> list[Event]:
+    """Return events of a job after a sequence number, oldest first."""
+    statement = (
+        select(Event)
+        .where(Event.job_id == job_id, Event.seq > seq)
+        .order_by(Event.seq)
+        .limit(limit)
+    )
+    return list(session.execute(statement).scalars())
+
+
+def events_before(session: Session, job_id: str, seq: int | None, limit: int) -> list[Event]:
+    """Return events of a job before a sequence number (or the last ones), newest first."""
+    statement = select(Event).where(Event.job_id == job_id)
+    if seq is not None:
+        statement = statement.where(Event.seq < seq)
+    statement = statement.order_by(Event.seq.desc()).limit(limit)
+    return list(session.execute(statement).scalars())

@@ -1,0 +1,303 @@
+"""Recommendations, studies, trials, metric points, resume points and checkpoints."""
+
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from core.errors import NotFound
+from core.ids import IdPrefix, new_id
+from core.lifecycle import EndedBy, EventType, TrialStatus
+from models.experiment import (
+    Checkpoint,
+    MetricPoint,
+    RecommendationRow,
+    ResumePoint,
+    StudyRow,
+    TrialRow,
+)
+from models.repositories.events import append_event
+from models.repositories.jobs import Fence, JobRepository
+from models.repositories.paging import Page, PageQuery, fetch_page
+from models.types import db_now
+
+
+class ExperimentRepository:
+    """Reads, and writes fenced by the attempt that makes them, in one transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._jobs = JobRepository(session)
+
+    # --------------------------------------------------------- recommendation
+
+    def save_recommendation(
+        self, fence: Fence, *, owner_id: str, dataset_id: str, model: str, result: dict[str, Any]
+    ) -> RecommendationRow:
+        """Store the recommendation of a job; a later attempt replaces it."""
+        self._jobs.guard(fence)
+        row = self.recommendation_of(fence.job_id)
+        if row is None:
+            is_own_job = fence.job_id.startswith(IdPrefix.RECOMMENDATION.value)
+            row = RecommendationRow(
+                id=fence.job_id if is_own_job else new_id(IdPrefix.RECOMMENDATION),
+                owner_id=owner_id,
+                job_id=fence.job_id,
+                dataset_id=dataset_id,
+                model=model,
+                result=result,
+            )
+            self._session.add(row)
+        row.result = result
+        self._session.flush()
+        append_event(
+            self._session, fence.job_id, EventType.RECOMMENDATION_UPDATED,
+            str(result.get("summary", "The recommendation is ready.")),
+            data={"recommendation_id": row.id},
+        )  # fmt: skip
+        return row
+
+    def recommendation_of(self, job_id: str) -> RecommendationRow | None:
+        """Return the recommendation that a job made, if it has."""
+        statement = select(RecommendationRow).where(RecommendationRow.job_id == job_id)
+        return self._session.execute(statement).scalar_one_or_none()
+
+    # ------------------------------------------------------- studies and trials
+
+    def ensure_study(self, fence: Fence, *, owner_id: str, spec: dict[str, Any]) -> StudyRow:
+        """Return the job's study, made if missing."""
+        self._jobs.guard(fence)
+        row = self.study_of(fence.job_id)
+        if row is None:
+            study_id = new_id(IdPrefix.STUDY)
+            row = StudyRow(
+                id=study_id, owner_id=owner_id, job_id=fence.job_id, name=study_id, spec=spec
+            )
+            self._session.add(row)
+            self._session.flush()
+        return row
+
+    def study_of(self, job_id: str) -> StudyRow | None:
+        """Return the job's study, if it has one."""
+        statement = select(StudyRow).where(StudyRow.job_id == job_id)
+        return self._session.execute(statement).scalar_one_or_none()
+
+    def trials(self, study_id: str) -> list[TrialRow]:
+        """Return the trials of a study in order."""
+        statement = select(TrialRow).where(TrialRow.study_id == study_id).order_by(TrialRow.number)
+        return list(self._session.execute(statement).scalars())
+
+    def start_trial(
+        self,
+        fence: Fence,
+        study: StudyRow,
+        *,
+        number: int,
+        origin: str,
+        candidate: dict[str, Any],
+        label: str,
+    ) -> TrialRow:
+        """Insert a running trial, or return the one that an earlier attempt left."""
+        self._jobs.guard(fence)
+        row = self._trial(study.id, number)
+        if row is not None:
+            return row
+        row = TrialRow(
+            id=new_id(IdPrefix.TRIAL),
+            owner_id=study.owner_id,
+            study_id=study.id,
+            number=number,
+            status=TrialStatus.RUNNING,
+            origin=origin,
+            candidate=candidate,
+        )
+        self._session.add(row)
+        self._session.flush()
+        append_event(
+            self._session, fence.job_id, EventType.TRIAL_STARTED,
+            f"Trial {number} has started: {label}.",
+            data={"trial_id": row.id, "number": number, "label": label},
+        )  # fmt: skip
+        return row
+
+    def finish_trial(
+        self,
+        fence: Fence,
+        study: StudyRow,
+        *,
+        number: int,
+        status: TrialStatus,
+        ended_by: EndedBy,
+        log_loss: float | None,
+        drift: float | None,
+        feasible: bool,
+        metrics: dict[str, Any],
+        gpu_seconds: float,
+    ) -> None:
+        """Store how a trial ended; a second call for a finished trial changes nothing."""
+        self._jobs.guard(fence)
+        row = self._trial(study.id, number)
+        if row is None:
+            raise NotFound(f"no trial {number} in study {study.id}")
+        if row.status is not TrialStatus.RUNNING:
+            return
+        row.status = status
+        row.ended_by = ended_by
+        row.log_loss = log_loss
+        row.drift = drift
+        row.feasible = feasible
+        row.metrics = metrics
+        row.gpu_seconds = gpu_seconds
+        row.finished_at = db_now()
+        self._jobs.add_gpu_seconds(fence, gpu_seconds)
+        self._jobs.progressed(fence)
+        ended_well = status is TrialStatus.COMPLETE and log_loss is not None
+        append_event(
+            self._session,
+            fence.job_id,
+            EventType.TRIAL_COMPLETED if ended_well else EventType.TRIAL_FAILED,
+            f"Trial {number}: log-loss {log_loss:.4f}." if ended_well else
+            f"Trial {number} ended by {ended_by.value}.",
+            level="info" if ended_well else "warn",
+            data={"trial_id": row.id, "number": number, "log_loss": log_loss},
+        )  # fmt: skip
+
+    def _trial(self, study_id: str, number: int) -> TrialRow | None:
+        statement = select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number)
+        return self._session.execute(statement).scalar_one_or_none()
+
+    # ----------------------------------------------------------------- metrics
+
+    def record_metrics(
+        self, fence: Fence, *, scope: str, step: int, values: dict[str, float]
+    ) -> None:
+        """Store the metrics of one step; a resumed run writes the same row again."""
+        self._jobs.guard(fence)
+        self._session.merge(
+            MetricPoint(job_id=fence.job_id, scope=scope, step=step, metrics=values)
+        )
+        self._session.flush()
+
+    def metrics(self, job_id: str, scope: str) -> list[MetricPoint]:
+        """Return the metric points of one scope by step."""
+        statement = (
+            select(MetricPoint)
+            .where(MetricPoint.job_id == job_id, MetricPoint.scope == scope)
+            .order_by(MetricPoint.step)
+        )
+        return list(self._session.execute(statement).scalars())
+
+    # ----------------------------------------------- resume points, checkpoints
+
+    def add_resume_point(
+        self,
+        fence: Fence,
+        *,
+        scope: str,
+        step: int,
+        path: str,
+        manifest_sha256: str,
+        size_bytes: int,
+    ) -> None:
+        """Record a folder from which the run can go on; the job has made progress."""
+        self._jobs.progressed(fence)
+        self._session.merge(
+            ResumePoint(
+                job_id=fence.job_id,
+                scope=scope,
+                step=step,
+                attempt=fence.attempt,
+                path=path,
+                manifest_sha256=manifest_sha256,
+                bytes=size_bytes,
+            )
+        )
+        self._session.flush()
+
+    def resume_points(self, job_id: str, scope: str) -> list[ResumePoint]:
+        """Return resume points of a scope, furthest first."""
+        statement = (
+            select(ResumePoint)
+            .where(ResumePoint.job_id == job_id, ResumePoint.scope == scope)
+            .order_by(ResumePoint.step.desc(), ResumePoint.attempt.desc())
+        )
+        return list(self._session.execute(statement).scalars())
+
+    def drop_resume_points(self, fence: Fence, *, scope: str, keep_from_step: int) -> list[str]:
+        """Forget resume points before a step and return their paths for removal."""
+        self._jobs.guard(fence)
+        dropped = (
+            delete(ResumePoint)
+            .where(
+                ResumePoint.job_id == fence.job_id,
+                ResumePoint.scope == scope,
+                ResumePoint.step < keep_from_step,
+            )
+            .returning(ResumePoint.path)
+        )
+        return list(self._session.execute(dropped).scalars())
+
+    def publish_checkpoint(
+        self,
+        fence: Fence,
+        *,
+        owner_id: str,
+        checkpoint_id: str,
+        kind: str,
+        label: str,
+        step: int,
+        path: str,
+        files: list[dict[str, Any]],
+        manifest_sha256: str,
+        size_bytes: int,
+        metrics: dict[str, Any],
+    ) -> Checkpoint:
+        """Make a finished folder visible; calling it again with the same id changes nothing."""
+        self._jobs.guard(fence)
+        existing = self._session.get(Checkpoint, checkpoint_id)
+        if existing is not None:
+            return existing
+        row = Checkpoint(
+            id=checkpoint_id,
+            owner_id=owner_id,
+            job_id=fence.job_id,
+            attempt=fence.attempt,
+            kind=kind,
+            label=label,
+            step=step,
+            path=path,
+            files=files,
+            manifest_sha256=manifest_sha256,
+            bytes=size_bytes,
+            metrics=metrics,
+        )
+        self._session.add(row)
+        self._session.flush()
+        append_event(
+            self._session, fence.job_id, EventType.JOB_CHECKPOINT,
+            f"Checkpoint `{label}` is ready.", data={"checkpoint_id": row.id, "label": label},
+        )  # fmt: skip
+        return row
+
+    def checkpoint(self, owner_id: str, checkpoint_id: str) -> Checkpoint:
+        """Return the owner's checkpoint.
+
+        Raises:
+            NotFound: no such checkpoint, or somebody else's.
+        """
+        row = self._session.get(Checkpoint, checkpoint_id)
+        if row is None or row.owner_id != owner_id:
+            raise NotFound(
+                f"no checkpoint {checkpoint_id!r}",
+                hint="GET /v1/fine_tuning/jobs/{id}/checkpoints lists them",
+            )
+        return row
+
+    def checkpoint_page(
+        self, owner_id: str, query: PageQuery, *, job_id: str | None = None
+    ) -> Page[Checkpoint]:
+        """Return one page of the owner's checkpoints."""
+        statement = select(Checkpoint).where(Checkpoint.owner_id == owner_id)
+        if job_id is not None:
+            statement = statement.where(Checkpoint.job_id == job_id)
+        return fetch_page(self._session, statement, Checkpoint.id, query)

@@ -1,0 +1,91 @@
+"""Owners and API keys."""
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from core.ids import IdPrefix, new_id
+from models.owner import ApiKey, Owner
+from models.types import db_now
+
+
+class OwnerRepository:
+    """Reads and writes of owners and keys in one transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def ensure(self, name: str) -> Owner:
+        """Return the owner of that name, made if missing."""
+        owner = self._session.execute(select(Owner).where(Owner.name == name)).scalar_one_or_none()
+        if owner is None:
+            owner = Owner(id=new_id(IdPrefix.OWNER), name=name)
+            self._session.add(owner)
+            self._session.flush()
+        return owner
+
+    def count_keys(self) -> int:
+        """Return how many keys can be used."""
+        usable = select(func.count()).select_from(ApiKey).where(ApiKey.revoked_at.is_(None))
+        return self._session.execute(usable).scalar_one()
+
+    def add_key(
+        self,
+        *,
+        owner_id: str,
+        name: str,
+        prefix: str,
+        secret_sha256: str,
+        scopes: list[str],
+        expires_at: float | None = None,
+    ) -> ApiKey:
+        """Insert a key by its hash."""
+        key = ApiKey(
+            id=new_id(IdPrefix.API_KEY),
+            owner_id=owner_id,
+            name=name,
+            prefix=prefix,
+            secret_sha256=secret_sha256,
+            scopes=scopes,
+            expires_at=expires_at,
+        )
+        self._session.add(key)
+        self._session.flush()
+        return key
+
+    def find_usable_key(self, secret_sha256: str) -> ApiKey | None:
+        """Return the key with that hash unless it is revoked or has expired."""
+        statement = select(ApiKey).where(
+            ApiKey.secret_sha256 == secret_sha256,
+            ApiKey.revoked_at.is_(None),
+            or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > db_now()),
+        )
+        return self._session.execute(statement).scalar_one_or_none()
+
+    def list_keys(self) -> list[ApiKey]:
+        """Return all keys, oldest first."""
+        return list(self._session.execute(select(ApiKey).order_by(ApiKey.id)).scalars())
+
+    def revoke_key(self, key_id: str) -> bool:
+        """Make a key useless; False when there is no such usable key."""
+        revoked = (
+            update(ApiKey)
+            .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+            .values(revoked_at=db_now())
+            .returning(ApiKey.id)
+        )
+        return self._session.execute(revoked).one_or_none() is not None
+
+    def touch_key(self, key_id: str, *, older_than_s: float = 60.0) -> None:
+        """Note that the key was used, at most once a minute."""
+        self._session.execute(
+            update(ApiKey)
+            .where(
+                ApiKey.id == key_id,
+                or_(
+                    ApiKey.last_used_at.is_(None),
+                    ApiKey.last_used_at < db_now() - older_than_s,
+                ),
+            )
+            .values(last_used_at=db_now())
+            .execution_options(synchronize_session=False)
+        )
