@@ -1,0 +1,78 @@
+"""What a training job found, as plain values that go to JSON and back."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from core.profile import Estimate
+from core.spec import ObjectiveSpec, SpecModel
+
+
+class Evaluation(SpecModel):
+    """Quality of one policy on held-out pairs (docs/maths.md, "What better means")."""
+
+    log_loss: float = Field(description="calibrated: temperature fitted on validation, nats")
+    temperature: float = Field(description="the fitted b of mean -log sigma(b m)")
+    accuracy: float = Field(description="share of pairs with margin > 0; a tie counts one half")
+    accuracy_length_normalized: float
+    calibration_error: float = Field(description="expected calibration error, 15 bins")
+    drift: float = Field(description="mean token KL(policy || reference), nats")
+    chosen_displacement: float = Field(description="mean log-ratio of chosen answers, nats")
+    pairs: int
+    prompts: int
+
+
+class Comparison(SpecModel):
+    """Winner against plain DPO on the same test pairs: bootstrap over prompts, winner - DPO."""
+
+    log_loss: Estimate
+    accuracy: Estimate
+    drift: float
+    verdict: Literal["better", "worse", "no significant difference", "same objective"]
+    sentence: str
+
+
+class GeneratedSample(SpecModel):
+    """One prompt answered by the base and by the aligned model (greedy)."""
+
+    prompt: str
+    base: str
+    aligned: str
+
+
+class RunSummary(SpecModel):
+    """One full-length run and what came of it."""
+
+    objective: ObjectiveSpec
+    learning_rate: float
+    steps: int
+    pairs_seen: int
+    seconds: float
+    checkpoint_id: str
+    evaluation: Evaluation
+    mixture_weights: dict[str, float] | None = None
+
+
+class SearchSummary(SpecModel):
+    """What the search did and how sure its choice is."""
+
+    study_id: str
+    trials: int
+    infeasible: int
+    winner_trial: int
+    tied_trials: tuple[int, ...] = Field(description="not separated from the winner on validation")
+    stopped_by: Literal["max_trials", "gpu_seconds"]
+    sentence: str
+
+
+class TrainingResult(SpecModel):
+    """The evidence of a fine-tuning job."""
+
+    recommendation_id: str | None = None
+    search: SearchSummary | None = None
+    run: RunSummary
+    baseline: RunSummary
+    comparison: Comparison
+    samples: tuple[GeneratedSample, ...]
+    attention: tuple[str, ...] = ()
+    bundle: dict[str, str] = Field(description="seeds, hashes and versions for a rerun")
