@@ -12,6 +12,17 @@ STAMP := $(VENV)/.setup-done
 # Tiny models gain nothing from threads, and the exactness tests fix the number of threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Compares the tables with a database that is at the newest revision.
+define NEW_REVISION
+import sys
+from alembic import command
+from models.migrate import alembic_config, upgrade
+url, message = sys.argv[1:]
+upgrade(url)
+command.revision(alembic_config(url), message, autogenerate=True)
+endef
+export NEW_REVISION
+
 .PHONY: help setup demo test test-fast lint fmt serve migrate revision clean
 
 help: ## List the targets
@@ -24,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "setup: '$(PYTHON)' was not found; install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = v >= (3, 11); ok or print("setup: found Python %d.%d, need 3.11 or newer; name one: make setup PYTHON=python3.11" % v[:2], file=sys.stderr); sys.exit(not ok)'
-	@test -x $(BIN)/python || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/pip || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing kdpo[worker,dev] at the versions of constraints.txt (minutes on the first run)"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
 	@touch $@
@@ -57,7 +68,8 @@ migrate: setup ## Bring the database of the settings to the newest revision
 
 revision: setup ## Write a migration from the tables: make revision m="what changes"
 	@test -n "$(m)" || { echo 'revision: say what changes: make revision m="add table x"' >&2; exit 1; }
-	$(BIN)/alembic revision --autogenerate -m "$(m)"
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(BIN)/python -c "$$NEW_REVISION" "sqlite:///$$folder/newest.db" "$(m)"
 
 clean: ## Remove caches and build outputs (keeps .venv and kdpo-data)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-output

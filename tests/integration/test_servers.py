@@ -41,7 +41,7 @@ def test_each_test_gets_a_database_of_its_own(empty_postgres_url: str) -> None:
 
 def test_postgres_url_is_migrated(postgres_url: str) -> None:
     with psycopg.connect(_plain(postgres_url)) as connection:
-        revision = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        revision = connection.execute("SELECT version_num FROM kdpo_schema_version").fetchone()
     assert revision is not None
 
 
