@@ -152,10 +152,10 @@ def ledoit_wolf(x: Tensor) -> Tensor:
 
 
 def _precision(covariance: Tensor) -> Tensor:
-    """Inverse of a covariance, eigenvalues floored at 1e-6 of their mean; k I when it is 0."""
+    """Inverse of a covariance, eigenvalues floored at 1e-6 of their mean; k I for rounding."""
     dim = covariance.shape[0]
     level = covariance.diagonal().mean()
-    if level <= 0:
+    if level <= _ROUNDING_VARIANCE:
         # No spread at all: the unit total variance of prepared embeddings, spread evenly.
         return dim * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
     values, vectors = torch.linalg.eigh(covariance)

@@ -23,7 +23,8 @@ def linear_tail_exp(x: Tensor, *, knee: float) -> Tensor:
     Convex and once continuously differentiable; the derivative is exp(min(x, knee)), so it never
     overflows and never dies for large x.
     """
-    return torch.exp(x.clamp_max(knee)) * (1.0 + (x - knee).clamp_min(0.0))
+    # relu and not clamp_min: at the knee itself only the exponential may pass a gradient.
+    return torch.exp(x.clamp_max(knee)) * (1.0 + torch.relu(x - knee))
 
 
 def log_softplus(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Label scores log softmax(logits)[label] for (N, V) and (N,), shape (N,), in float32 at least."""
+    """Scores log softmax(logits)[label] for (N, V) and (N,), shape (N,); float32 at least."""
     scores = upcast(logits)
     return scores.gather(-1, labels[:, None]).squeeze(-1) - scores.logsumexp(-1)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from objectives.numerics import linear_tail_exp, upcast
@@ -45,4 +46,5 @@ def power_link(rho: Tensor, *, order: float) -> Tensor:
     if order < 1.0:
         return (linear_tail_exp(x, knee=LINK_KNEE) - 1.0) / excess
     raised = linear_tail_exp(x.clamp_min(-LINK_KNEE), knee=LINK_KNEE)
-    return (raised - 1.0 + math.exp(-LINK_KNEE) * (x + LINK_KNEE).clamp_max(0.0)) / excess
+    fallen = math.exp(-LINK_KNEE) * torch.relu(-LINK_KNEE - x)
+    return (raised - fallen - 1.0) / excess
