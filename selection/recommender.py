@@ -52,6 +52,7 @@ TILT = 0.4
 # Percent of log-loss per unit of a kernel's signal, and what is unknown about a kernel anyway.
 KPA_WEIGHT = 2.0
 TAT_WEIGHT = 1.0
+TAT_MARGIN = 0.1
 KERNEL_SD = 0.3
 # HMK evaluates four kernels: it has to win by more than its price.
 KERNEL_COST: dict[KernelName, float] = {
@@ -165,6 +166,7 @@ def _kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, 
                 "pnd": entry.pnd.value,
                 "pnav": entry.pnav.value,
                 "tat": entry.tat.value,
+                "tat_by_chance": _tat_by_chance(entry),
                 "nag": entry.nag.value,
                 "kpa": entry.kpa.value,
                 "kpa_low": entry.kpa.low,
@@ -176,7 +178,20 @@ def _kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, 
 
 
 def _signal(metrics: KernelMetrics) -> float:
-    return KPA_WEIGHT * 2 * (metrics.kpa.value - 0.5) + TAT_WEIGHT * metrics.tat.value
+    return KPA_WEIGHT * 2 * (metrics.kpa.value - 0.5) + TAT_WEIGHT * (
+        metrics.tat.value - _tat_by_chance(metrics)
+    )
+
+
+def _tat_by_chance(metrics: KernelMetrics) -> float:
+    """Return the TAT that a symmetric delta of this kernel's variance has without any signal.
+
+    P(delta > 0.1 mean d) = 1 - Phi(0.1 / sqrt(PNAV)): a kernel whose distances scatter more
+    passes the margin more often, on either side.
+    """
+    if metrics.pnav.value <= 0.0:
+        return 0.0
+    return 1.0 - NormalDist().cdf(TAT_MARGIN / math.sqrt(metrics.pnav.value))
 
 
 def _predicts(metrics: KernelMetrics) -> bool:
