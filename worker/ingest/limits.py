@@ -1,0 +1,30 @@
+"""Limits of the process that parses what a user sent (design: RELIABILITY 4.1)."""
+
+import resource
+import sys
+
+from core.settings import DataLimits
+
+_CPU_GRACE_S = 5
+
+
+def apply_process_limits(limits: DataLimits) -> None:
+    """Bound address space and CPU time of this process and its children; no core dumps.
+
+    For a process of its own: the limits cannot be taken back. Beyond the memory limit allocation
+    fails (MemoryError), beyond the CPU limit the system sends SIGXCPU, and SIGKILL 5 s later. A
+    limit that is already lower stays. macOS does not enforce RLIMIT_AS and is left alone there.
+    """
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_CPU, limits.parser_cpu_s, grace=_CPU_GRACE_S)
+    if sys.platform != "darwin":
+        _lower(resource.RLIMIT_AS, limits.parser_memory_bytes)
+
+
+def _lower(which: int, value: int, *, grace: int = 0) -> None:
+    """Lower the soft limit to `value` and the hard one to `value + grace`; never raise one."""
+    soft, hard = (
+        wanted if present == resource.RLIM_INFINITY else min(wanted, present)
+        for wanted, present in zip((value, value + grace), resource.getrlimit(which), strict=True)
+    )
+    resource.setrlimit(which, (min(soft, hard), hard))
