@@ -279,6 +279,12 @@ def short_enough(source: Source) -> Iterator[Violation]:
         yield Violation(source.path, limit, f"{lines} lines, at most {limit}; split it by subject")
 
 
+def captioned(source: Source) -> Iterator[Violation]:
+    """The first line of a file says what it holds."""
+    if source.text.strip() and not ast.get_docstring(source.tree):
+        yield Violation(source.path, 1, "begins without a docstring; say what the file holds")
+
+
 PRODUCT_RULES: tuple[Rule, ...] = (
     sql_only_in_models,
     commit_only_in_session,
@@ -288,6 +294,7 @@ PRODUCT_RULES: tuple[Rule, ...] = (
     empty_init,
     no_swallowed_errors,
     short_enough,
+    captioned,
 )
 EVERYWHERE: tuple[Rule, ...] = (no_swallowed_errors, short_enough)
 

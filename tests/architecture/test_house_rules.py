@@ -81,6 +81,11 @@ def test_long_file_is_caught() -> None:
     assert violations(rules.short_enough, "tests/x.py", "x = 1\n" * 701) == [700]
 
 
+@pytest.mark.parametrize(("text", "lines"), [("x = 1\n", [1]), ('"""A."""\nx = 1', []), ("", [])])
+def test_file_without_a_caption_is_caught(text: str, lines: list[int]) -> None:
+    assert violations(rules.captioned, "app/x.py", text) == lines
+
+
 FINE: list[tuple[Rule, str, str]] = [
     (rules.sql_only_in_models, "models/repositories/x.py", "session.execute(select(Job))"),
     (rules.sql_only_in_models, "worker/x.py", "digest.update(b'x'); d.update(a=1)"),
@@ -104,5 +109,5 @@ def test_good_code_is_left_alone(rule: Rule, path: str, text: str) -> None:
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    planted = {rule for rule, _, _ in FAULTS} | {rules.short_enough}
+    planted = {rule for rule, _, _ in FAULTS} | {rules.short_enough, rules.captioned}
     assert planted == set(rules.PRODUCT_RULES)

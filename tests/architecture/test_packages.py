@@ -1,14 +1,14 @@
 """The packages keep their arrows, load cheaply, and say the same about tasks and errors."""
 
 import importlib
-import importlib.util
 import inspect
 import json
 import os
-import pkgutil
+import site
 import subprocess
 import sys
 import tomllib
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -147,13 +147,10 @@ def test_every_kind_of_job_has_a_queue_that_workers_read() -> None:
     assert set(QUEUE_OF_KIND.values()) == set(QueueName)
 
 
-def test_no_package_shadows_a_library() -> None:
-    standard = set(sys.stdlib_module_names)
-    installed = {module.name for module in pkgutil.iter_modules() if module.ispkg}
-    third_party = {
-        name for name in installed if "site-packages" in str(importlib.util.find_spec(name))
-    }
-    assert not set(PACKAGES) & (standard | third_party)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_package_shadows_a_library(package: str) -> None:
+    assert package not in sys.stdlib_module_names
+    assert PathFinder.find_spec(package, site.getsitepackages()) is None
 
 
 def test_no_large_file_in_git() -> None:
