@@ -68,3 +68,16 @@ def events_before(session: Session, job_id: str, seq: int | None, limit: int) ->
         statement = statement.where(Event.seq < seq)
     statement = statement.order_by(Event.seq.desc()).limit(limit)
     return list(session.execute(statement).scalars())
+
+
+def seq_of(session: Session, job_id: str, event_id: str) -> int:
+    """Return the sequence number of one of the job's events.
+
+    Raises:
+        NotFound: the job has no such event.
+    """
+    statement = select(Event.seq).where(Event.job_id == job_id, Event.id == event_id)
+    seq = session.execute(statement).scalar_one_or_none()
+    if seq is None:
+        raise NotFound(f"job {job_id} has no event {event_id!r}", param="after")
+    return seq

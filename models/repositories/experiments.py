@@ -62,6 +62,20 @@ class ExperimentRepository:
         statement = select(RecommendationRow).where(RecommendationRow.job_id == job_id)
         return self._session.execute(statement).scalar_one_or_none()
 
+    def recommendation(self, owner_id: str, recommendation_id: str) -> RecommendationRow:
+        """Return the owner's recommendation, whichever job made it.
+
+        Raises:
+            NotFound: no such recommendation, or somebody else's.
+        """
+        row = self._session.get(RecommendationRow, recommendation_id)
+        if row is None or row.owner_id != owner_id:
+            raise NotFound(
+                f"no recommendation {recommendation_id!r}",
+                hint="GET /v1/recommendations lists them",
+            )
+        return row
+
     # ------------------------------------------------------- studies and trials
 
     def ensure_study(self, fence: Fence, *, owner_id: str, spec: dict[str, Any]) -> StudyRow:
@@ -81,6 +95,19 @@ class ExperimentRepository:
         """Return the job's study, if it has one."""
         statement = select(StudyRow).where(StudyRow.job_id == job_id)
         return self._session.execute(statement).scalar_one_or_none()
+
+    def study(self, owner_id: str, study_id: str) -> StudyRow:
+        """Return the owner's study.
+
+        Raises:
+            NotFound: no such study, or somebody else's.
+        """
+        row = self._session.get(StudyRow, study_id)
+        if row is None or row.owner_id != owner_id:
+            raise NotFound(
+                f"no study {study_id!r}", hint="a fine-tuning job names its study in `study_id`"
+            )
+        return row
 
     def trials(self, study_id: str) -> list[TrialRow]:
         """Return the trials of a study in order."""
