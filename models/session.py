@@ -8,6 +8,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -91,6 +92,8 @@ class Database:
             if error.connection_invalidated or "connection" in text.lower() or "locked" in text:
                 raise Unavailable("the database does not answer; try again shortly") from error
             raise
+        except PoolTimeout as error:
+            raise Unavailable("all database connections are in use; try again shortly") from error
 
     def dispose(self) -> None:
         """Close all connections."""

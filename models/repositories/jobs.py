@@ -1,25 +1,19 @@
 """Jobs: create, claim, heartbeat, finish, requeue. Every move is a compare-and-set."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Select, func, or_, select, update
-from sqlalchemy.orm import Session
 
 from core.errors import Conflict, FailureCode, LeaseLost, NotFound
 from core.ids import IdPrefix, new_id
-from core.lifecycle import (
-    JOB_TRANSITIONS,
-    AttemptOutcome,
-    EventType,
-    JobKind,
-    JobStatus,
-    Phase,
-)
+from core.lifecycle import AttemptOutcome, EventType, JobKind, JobStatus, Phase
 from core.queue import QUEUE_OF_KIND, QueueName
-from models.job import Job, JobAttempt, Outbox
+from models.job import Job, JobAttempt
 from models.repositories.events import append_event
+from models.repositories.job_moves import Beat as Beat
+from models.repositories.job_moves import Fence as Fence
+from models.repositories.job_moves import JobMoves
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
 
@@ -32,27 +26,12 @@ ID_OF_KIND = {
 
 
 @dataclass(frozen=True)
-class Fence:
-    """Which attempt at which job is writing; a write with an old fence is refused."""
-
-    job_id: str
-    attempt: int
-
-
-@dataclass(frozen=True)
 class Claim:
     """A job that now belongs to one worker."""
 
     fence: Fence
     owner_id: str
     kind: JobKind
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What the heartbeat brings back."""
-
-    cancel_requested: bool
 
 
 @dataclass(frozen=True)
@@ -63,11 +42,8 @@ class Reaped:
     status: JobStatus
 
 
-class JobRepository:
+class JobRepository(JobMoves):
     """All reads and writes of jobs in one transaction."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     # ------------------------------------------------------------- by the API
 
@@ -175,8 +151,7 @@ class JobRepository:
             finished_at=db_now(),
         )
         if waiting:
-            self._event_status(job_id, JobStatus.CANCELLED, "The job was cancelled.")
-            append_event(self._session, job_id, EventType.DONE, "No more events.")
+            self._ended(job_id, JobStatus.CANCELLED, "The job was cancelled.")
         else:
             asked = update(Job).where(
                 Job.id == job_id, Job.status == JobStatus.RUNNING, Job.cancel_requested_at.is_(None)
@@ -288,12 +263,10 @@ class JobRepository:
         Raises:
             LeaseLost: another attempt owns the job; its output counts, ours is discarded.
         """
-        self._leave(fence, status, result=result, error=error, finished_at=db_now(), phase=None)
-        self._end_attempt(fence, AttemptOutcome(status.value), exit_code, error)
-        self._event_status(
-            fence.job_id, status, message, level="error" if status is JobStatus.FAILED else "info"
-        )
-        append_event(self._session, fence.job_id, EventType.DONE, "No more events.")
+        self._end(
+            fence, status, AttemptOutcome(status.value), result=result, error=error,
+            exit_code=exit_code, message=message,
+        )  # fmt: skip
 
     def requeue(
         self,
@@ -301,27 +274,68 @@ class JobRepository:
         outcome: AttemptOutcome,
         *,
         delay_s: float,
-        failures: int = 0,
         exit_code: int | None = None,
         error: dict[str, Any] | None = None,
         message: str,
-    ) -> None:
-        """Give the job back to its queue.
+    ) -> JobStatus:
+        """Give the job back to its queue, or cancel it if that was asked; return its status.
 
         Raises:
             LeaseLost: another attempt owns the job.
         """
-        queue = self._leave(
-            fence, JobStatus.QUEUED, run_after=db_now() + delay_s, failures=Job.failures + failures
+        return self._give_back(
+            fence, outcome, delay_s=delay_s, exit_code=exit_code, error=error, message=message
         )
-        self._end_attempt(fence, outcome, exit_code, error)
-        self._event_status(fence.job_id, JobStatus.QUEUED, message, level="warn")
-        self._owe_wake(queue, fence.job_id)
+
+    def fail(
+        self,
+        fence: Fence,
+        error: dict[str, Any],
+        *,
+        max_retries: int,
+        backoff_s: float,
+        exit_code: int | None = None,
+    ) -> JobStatus:
+        """Try the job again after a growing pause if its error may pass by, else end it.
+
+        Raises:
+            LeaseLost: another attempt owns the job.
+        """
+        row = self._lock(fence)
+        text = str(error["message"])
+        if error["retryable"] and row.failures < max_retries:
+            return self._give_back(
+                fence, AttemptOutcome.RETRY, error=error, exit_code=exit_code,
+                failures=row.failures + 1, delay_s=backoff_s * 2**row.failures,
+                message=f"Attempt {fence.attempt} failed and will be repeated: {text}",
+            )  # fmt: skip
+        self.finish(fence, JobStatus.FAILED, error=error, exit_code=exit_code, message=text)
+        return JobStatus.FAILED
+
+    def lose(
+        self,
+        fence: Fence,
+        *,
+        message: str,
+        log_tail: list[str],
+        max_losses: int,
+        backoff_s: float,
+        exit_code: int | None = None,
+    ) -> JobStatus:
+        """Note that the attempt's process died without a word; return the job's status.
+
+        Raises:
+            LeaseLost: another attempt owns the job.
+        """
+        return self._lose(
+            fence, error={**_worker_lost(fence, message), "log_tail": log_tail},
+            max_losses=max_losses, backoff_s=backoff_s, exit_code=exit_code,
+        )  # fmt: skip
 
     def reap(self, *, max_losses: int, backoff_s: float, limit: int = 50) -> list[Reaped]:
         """Requeue, fail or cancel running jobs whose lease has run out."""
         expired = (
-            select(Job.id, Job.attempt, Job.losses, Job.cancel_requested_at)
+            select(Job.id, Job.attempt)
             .where(Job.status == JobStatus.RUNNING, Job.lease_until < db_now())
             .order_by(Job.lease_until)
             .limit(limit)
@@ -330,39 +344,33 @@ class JobRepository:
         reaped = []
         for row in self._session.execute(expired).all():
             fence = Fence(row.id, row.attempt)
-            error = {
-                "code": FailureCode.WORKER_LOST.value,
-                "message": f"attempt {row.attempt}: its worker stopped renewing the lease",
-                "retryable": True,
-            }
-            if row.cancel_requested_at is not None:
-                self._leave(fence, JobStatus.CANCELLED, finished_at=db_now(), phase=None)
-                status, text = JobStatus.CANCELLED, "The job was cancelled; its worker is gone."
-            elif row.losses + 1 >= max_losses:
-                error["message"] = (
-                    f"{row.losses + 1} attempts in a row lost their worker without any progress"
-                )
-                error["retryable"] = False
-                self._leave(
-                    fence, JobStatus.FAILED, finished_at=db_now(), phase=None, error=error,
-                    losses=Job.losses + 1,
-                )  # fmt: skip
-                status, text = JobStatus.FAILED, str(error["message"])
-            else:
-                queue = self._leave(
-                    fence,
-                    JobStatus.QUEUED,
-                    run_after=db_now() + backoff_s * (2**row.losses if row.losses else 0),
-                    losses=Job.losses + 1,
-                )
-                self._owe_wake(queue, row.id)
-                status, text = JobStatus.QUEUED, f"Attempt {row.attempt} lost its worker; requeued."
-            self._end_attempt(fence, AttemptOutcome.LOST, None, error)
-            self._event_status(row.id, status, text, level="warn")
-            if status.is_terminal:
-                append_event(self._session, row.id, EventType.DONE, "No more events.")
+            error = _worker_lost(fence, "its worker stopped renewing the lease")
+            status = self._lose(fence, error=error, max_losses=max_losses, backoff_s=backoff_s)
             reaped.append(Reaped(fence, status))
         return reaped
+
+    def load(self, fence: Fence) -> Job:
+        """Return the job for the attempt that owns it.
+
+        Raises:
+            LeaseLost: another attempt owns it, or it has ended.
+        """
+        owned = select(Job).where(
+            Job.id == fence.job_id,
+            Job.attempt == fence.attempt,
+            Job.status == JobStatus.RUNNING,
+        )
+        job = self._session.execute(owned).scalar_one_or_none()
+        if job is None:
+            raise LeaseLost(f"attempt {fence.attempt} does not own job {fence.job_id}")
+        return job
+
+    def attempt_outcome(self, fence: Fence) -> AttemptOutcome | None:
+        """Return how an attempt ended, None while it has not."""
+        ended = select(JobAttempt.outcome).where(
+            JobAttempt.job_id == fence.job_id, JobAttempt.number == fence.attempt
+        )
+        return self._session.execute(ended).scalar_one_or_none()
 
     def overdue_queues(self, *, older_than_s: float) -> list[QueueName]:
         """Return queues with a job that has been due for so long that its hint must be lost."""
@@ -373,77 +381,14 @@ class JobRepository:
         )
         return list(self._session.execute(statement).scalars())
 
-    # ------------------------------------------------------------------ inside
 
-    def _owned(self, fence: Fence) -> Any:
-        return (
-            update(Job)
-            .where(
-                Job.id == fence.job_id,
-                Job.attempt == fence.attempt,
-                Job.status == JobStatus.RUNNING,
-            )
-            .execution_options(synchronize_session=False)
-        )
-
-    def _beat(self, fence: Fence, statement: Any) -> Beat:
-        row = self._session.execute(statement.returning(Job.cancel_requested_at)).one_or_none()
-        if row is None:
-            raise LeaseLost(f"attempt {fence.attempt} no longer owns job {fence.job_id}")
-        return Beat(cancel_requested=row[0] is not None)
-
-    def _leave(self, fence: Fence, status: JobStatus, **values: Any) -> QueueName:
-        if status not in JOB_TRANSITIONS[JobStatus.RUNNING]:
-            raise ValueError(f"a running job cannot become {status.value}")
-        moved = self._owned(fence).values(
-            status=status,
-            lease_owner=None,
-            lease_until=None,
-            version=Job.version + 1,
-            **values,
-        )
-        row = self._session.execute(moved.returning(Job.queue)).one_or_none()
-        if row is None:
-            raise LeaseLost(f"attempt {fence.attempt} no longer owns job {fence.job_id}")
-        queue: QueueName = row[0]
-        return queue
-
-    def _move(
-        self, job_id: str, sources: Sequence[JobStatus], target: JobStatus, **values: Any
-    ) -> bool:
-        for source in sources:
-            if target not in JOB_TRANSITIONS[source]:
-                raise ValueError(f"a {source.value} job cannot become {target.value}")
-        moved = (
-            update(Job)
-            .where(Job.id == job_id, Job.status.in_(sources))
-            .values(status=target, version=Job.version + 1, **values)
-            .returning(Job.id)
-            .execution_options(synchronize_session=False)
-        )
-        return self._session.execute(moved).one_or_none() is not None
-
-    def _end_attempt(
-        self,
-        fence: Fence,
-        outcome: AttemptOutcome,
-        exit_code: int | None,
-        error: dict[str, Any] | None,
-    ) -> None:
-        self._session.execute(
-            update(JobAttempt)
-            .where(JobAttempt.job_id == fence.job_id, JobAttempt.number == fence.attempt)
-            .values(ended_at=db_now(), outcome=outcome, exit_code=exit_code, error=error)
-            .execution_options(synchronize_session=False)
-        )
-
-    def _event_status(
-        self, job_id: str, status: JobStatus, message: str, *, level: str = "info"
-    ) -> None:
-        append_event(
-            self._session, job_id, EventType.JOB_STATUS, message, level=level,
-            data={"status": status.value},
-        )  # fmt: skip
-
-    def _owe_wake(self, queue: QueueName, job_id: str) -> None:
-        self._session.add(Outbox(queue=queue, job_id=job_id))
+def _worker_lost(fence: Fence, message: str) -> dict[str, Any]:
+    return {
+        "code": FailureCode.WORKER_LOST.value,
+        "message": f"attempt {fence.attempt}: {message}",
+        "hint": "the log of the attempt may say why; a machine out of memory is the usual cause",
+        "retryable": True,
+        "phase": None,
+        "attempt": fence.attempt,
+        "errors": [],
+    }

@@ -1,0 +1,63 @@
+"""Upkeep that every process does for all: owed wake-ups are sent, expired leases are taken back."""
+
+import logging
+
+from core.clock import Clock, SystemClock
+from core.errors import StorageFull, Unavailable
+from core.queue import WakeSender
+from core.settings import Settings
+from models.outbox import relay_once
+from models.repositories.jobs import JobRepository, Reaped
+from models.session import Database
+
+_log = logging.getLogger("kdpo.maintenance")
+
+
+class Maintenance:
+    """Relay and reaper. Any number of processes may run it at once; each round is idempotent."""
+
+    period_s = 0.5
+
+    def __init__(
+        self,
+        database: Database,
+        sender: WakeSender,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+    ) -> None:
+        self._database = database
+        self._sender = sender
+        self._limits = settings.worker
+        self._clock = clock or SystemClock()
+        self._reap_at = float("-inf")
+
+    def tick(self) -> None:
+        """Reap when it is time, then relay; call it every `period_s`.
+
+        A database or broker that does not answer is logged and met again in the next round.
+        """
+        try:
+            if self._clock.monotonic() >= self._reap_at:
+                self._reap_at = self._clock.monotonic() + self._limits.reap_s
+                self.reap()
+            relay_once(self._database, self._sender)
+        except (Unavailable, StorageFull) as error:
+            _log.warning("upkeep is put off: %s", error.message)
+
+    def reap(self) -> list[Reaped]:
+        """Take back the jobs whose worker stopped renewing the lease.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with self._database.transaction() as session:
+            reaped = JobRepository(session).reap(
+                max_losses=self._limits.max_losses, backoff_s=self._limits.backoff_s
+            )
+        for one in reaped:
+            _log.warning(
+                "job %s: attempt %d lost its worker; the job is %s",
+                one.fence.job_id, one.fence.attempt, one.status.value,
+            )  # fmt: skip
+        return reaped
