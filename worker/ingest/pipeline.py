@@ -68,6 +68,7 @@ class _FirstPass:
     rejected: BinaryIO
     seen: set[bytes] = field(default_factory=set)
     ranks: set[bytes] = field(default_factory=set)
+    waiting: list[_Parsed] = field(default_factory=list)
 
 
 def ingest(
@@ -91,7 +92,6 @@ def ingest(
     tally = Tally(limits)
     reader = LineReader(source, limits=limits)
     canonical_path = out_dir / CANONICAL_NAME
-    failure: KdpoError | None = None
     sha256: str | None = None
     with full_disk_as_error(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,7 @@ def ingest(
         with tempfile.TemporaryFile(dir=out_dir) as spool:
             with atomic_writer(out_dir / REJECTED_NAME) as rejected:
                 state = _FirstPass(tally, policy.split.seed, spool, rejected)
-                try:
-                    _read(reader, state, limits=limits, on_progress=on_progress)
-                except (InvalidInput, TooLarge, UnsupportedMedia) as error:
-                    failure, tally.stopped_early = error, True
-                    error.errors = (
-                        ErrorDetail(code=error.code, detail=error.message, hint=error.hint),
-                        *tally.details(),
-                    )
+                failure = _first_pass(reader, state, limits=limits, on_progress=on_progress)
             tally.prompts = len(state.ranks)
             failure = failure or _verdict(tally, policy=policy, limits=limits)
             if failure is None:
@@ -138,26 +131,44 @@ def ingest(
     )
 
 
+def _first_pass(
+    reader: LineReader, state: _FirstPass, *, limits: DataLimits, on_progress: Progress
+) -> KdpoError | None:
+    """Read and handle all rows; return why the file as a whole could not be read, if so."""
+    failure: KdpoError | None = None
+    try:
+        _read(reader, state, limits=limits, on_progress=on_progress)
+    except (InvalidInput, TooLarge, UnsupportedMedia) as error:
+        # The traceback would keep the state of the pass alive with the result.
+        failure = error.with_traceback(None)
+    _handle_waiting(state)
+    if failure is not None:
+        state.tally.stopped_early = True
+        summary = ErrorDetail(code=failure.code, detail=failure.message, hint=failure.hint)
+        failure.errors = (summary, *state.tally.details())
+    return failure
+
+
 def _read(
     reader: LineReader, state: _FirstPass, *, limits: DataLimits, on_progress: Progress
 ) -> None:
-    """Read all rows; the layout is detected on the first ones, which wait until it is known."""
-    waiting: list[_Parsed] = []
+    """Read all rows; the layout is detected on the first ones, which wait until it is known.
+
+    The caller handles those that still wait at the end, whether reading ended well or not.
+    """
     waiting_bytes = 0
     detected = False
     for parsed in _parse_all(reader, state.tally, limits=limits, on_progress=on_progress):
         if detected:
             _handle(parsed, state)
         else:
-            waiting.append(parsed)
+            state.waiting.append(parsed)
             waiting_bytes += len(parsed.line.data)
-            if len(waiting) >= _DETECT_ROWS or waiting_bytes >= _DETECT_BYTES:
-                detected = _handle_waiting(waiting, state)
+            if len(state.waiting) >= _DETECT_ROWS or waiting_bytes >= _DETECT_BYTES:
+                detected, waiting_bytes = _handle_waiting(state), 0
         if state.tally.rejected >= limits.max_errors:
             state.tally.stopped_early = True
             return
-    if not detected:
-        _handle_waiting(waiting, state)
 
 
 def _parse_all(
@@ -199,13 +210,13 @@ def _refuse_array(line: Line) -> None:
         )
 
 
-def _handle_waiting(waiting: list[_Parsed], state: _FirstPass) -> bool:
+def _handle_waiting(state: _FirstPass) -> bool:
     """Detect the layout and handle the rows that waited; False when no layout fits them."""
-    found = detect([p.outcome for p in waiting if not isinstance(p.outcome, RowFault)])
+    found = detect([p.outcome for p in state.waiting if not isinstance(p.outcome, RowFault)])
     state.tally.detection = found or state.tally.detection
-    for parsed in waiting:
+    for parsed in state.waiting:
         _handle(parsed, state)
-    waiting.clear()
+    state.waiting.clear()
     return found is not None and found.confidence > 0.0
 
 
