@@ -34,6 +34,8 @@ def test_projection_spans_the_leading_singular_vectors(pairs: int, width: int) -
     leading = directions[:4].T
     close(projection.T @ projection, torch.eye(4), dtype=torch.float32)
     close(projection @ projection.T, leading @ leading.T, dtype=torch.float32)
+    largest = projection.gather(0, projection.abs().argmax(0, keepdim=True))
+    assert float(largest.min()) > 0.0
 
 
 def test_median_is_over_prompt_response_pairs() -> None:

@@ -17,6 +17,7 @@ from core.spec import (
     FForwardKl,
     HellingerSpec,
     JensenShannonSpec,
+    KernelSpec,
     KernelTerm,
     KlSpec,
     LinkTerm,
@@ -40,7 +41,7 @@ from tests.unit.objectives.samples import embeddings, generator, geometry64
 from tests.unit.objectives.tolerances import close
 
 GEOMETRY = geometry64()
-KERNELS = [
+KERNELS: list[KernelSpec] = [
     RbfKernelSpec(),
     PolynomialKernelSpec(),
     MahalanobisKernelSpec(),
@@ -59,8 +60,8 @@ LINKS: list[DivergenceSpec] = [
 ratios = st.floats(min_value=-50.0, max_value=50.0)
 
 
-def by_type(spec: object) -> str:
-    return str(spec.type) if hasattr(spec, "type") else str(spec)
+def by_type(spec: DivergenceSpec | KernelSpec) -> str:
+    return spec.type
 
 
 def build(spec: ObjectiveSpec) -> HybridObjective:
@@ -142,7 +143,7 @@ class TestDpo:
 
 class TestTerms:
     @pytest.mark.parametrize("kernel", KERNELS, ids=by_type)
-    def test_joint_kernel_term_by_hand(self, kernel: RbfKernelSpec) -> None:
+    def test_joint_kernel_term_by_hand(self, kernel: KernelSpec) -> None:
         objective = build(ObjectiveSpec(kernel_term=KernelTerm(kernel=kernel, gamma=0.7)))
         raw = few()
         out = objective(pairs([1.0, 0.0], [0.5, 2.0], with_embeddings=raw))
@@ -221,7 +222,7 @@ class TestTerms:
 class TestGradients:
     @pytest.mark.parametrize("kernel", KERNELS, ids=by_type)
     @pytest.mark.parametrize("mode", ["joint", "separate"])
-    def test_match_finite_differences(self, kernel: RbfKernelSpec, mode: str) -> None:
+    def test_match_finite_differences(self, kernel: KernelSpec, mode: str) -> None:
         spec = ObjectiveSpec(
             beta=0.5,
             label_smoothing=0.1,
@@ -274,7 +275,7 @@ class TestGradients:
     @pytest.mark.parametrize("kernel", KERNELS, ids=by_type)
     @pytest.mark.parametrize("mode", ["joint", "separate"])
     def test_embeddings_of_chosen_and_rejected_move_apart(
-        self, kernel: RbfKernelSpec, mode: str
+        self, kernel: KernelSpec, mode: str
     ) -> None:
         """A step against the gradient raises the kernel log-ratio."""
         spec = ObjectiveSpec(kernel_term=KernelTerm(kernel=kernel, gamma=1.0, mode=mode))
@@ -289,7 +290,7 @@ class TestGradients:
         assert bool((after > before).all())
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=by_type)
-    def test_identical_responses_carry_no_signal(self, kernel: RbfKernelSpec) -> None:
+    def test_identical_responses_carry_no_signal(self, kernel: KernelSpec) -> None:
         objective = build(ObjectiveSpec(kernel_term=KernelTerm(kernel=kernel, gamma=1.0)))
         raw = few()
         same = raw.chosen.clone().requires_grad_()
@@ -302,7 +303,7 @@ class TestGradients:
     @pytest.mark.parametrize("kernel", KERNELS, ids=by_type)
     @pytest.mark.parametrize("scale", [0.0, 1e4])
     def test_extreme_embeddings_stay_finite_in_float32(
-        self, kernel: RbfKernelSpec, scale: float
+        self, kernel: KernelSpec, scale: float
     ) -> None:
         objective = build(ObjectiveSpec(kernel_term=KernelTerm(kernel=kernel))).float()
         leaves = [
@@ -374,7 +375,18 @@ class TestModule:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = objective(replace(batch, embeddings=low))
         assert out.loss.dtype == torch.float32
+        exact = build(spec).kernel_log_ratio(
+            PairEmbeddings(low.prompt.double(), low.chosen.double(), low.rejected.double())
+        )
+        torch.testing.assert_close(
+            out.metrics["kernel/log_ratio"].double(), exact, rtol=1e-3, atol=1e-4
+        )
         assert torch.equal(out.loss, objective(batch).loss)
+
+    def test_low_precision_log_ratios_are_computed_in_float32(self) -> None:
+        out = build(ObjectiveSpec())(pairs([1.0], [0.5], dtype=torch.bfloat16))
+        assert {out.loss.dtype, *(m.dtype for m in out.metrics.values())} == {torch.float32}
+        close(out.loss, [math.log1p(math.exp(-0.05))], dtype=torch.float32)
 
     def test_one_batch_serves_objectives_that_need_less(self) -> None:
         full = pairs([1.0, 0.0], [0.5, 2.0], with_embeddings=few(), divergence=[0.1, 0.2])
