@@ -114,6 +114,11 @@ class ExperimentRepository:
         statement = select(TrialRow).where(TrialRow.study_id == study_id).order_by(TrialRow.number)
         return list(self._session.execute(statement).scalars())
 
+    def trial_page(self, study_id: str, query: PageQuery) -> Page[TrialRow]:
+        """Return one page of the trials of a study."""
+        statement = select(TrialRow).where(TrialRow.study_id == study_id)
+        return fetch_page(self._session, statement, TrialRow.id, query)
+
     def start_trial(
         self,
         fence: Fence,

@@ -1,0 +1,21 @@
+"""Mounts every router of the API under /v1."""
+
+from fastapi import APIRouter
+
+from app import (
+    checkpoints,
+    datasets,
+    fine_tuning,
+    jobs,
+    recommendations,
+    studies,
+)
+from app.openapi import PROBLEM_RESPONSES
+
+
+def v1_router() -> APIRouter:
+    """Return all of `/v1`; every endpoint documents the problem body as its error."""
+    router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+    for domain in (datasets, recommendations, fine_tuning, jobs, studies, checkpoints):
+        router.include_router(domain.router)
+    return router

@@ -1,0 +1,124 @@
+"""What a dataset looks like from outside, and why one was refused."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from app.responses import Schema, unix
+from core.errors import Category, ErrorDetail
+from core.lifecycle import DatasetStatus
+from core.spec import DatasetPolicy
+from models.dataset import Dataset
+from models.job import Job
+
+MAX_ERRORS = 100
+
+
+class FailureItem(Schema):
+    """One kind of fault in the rows, with its first place."""
+
+    code: str
+    detail: str
+    pointer: str | None = None
+    line: int | None = None
+    count: int | None = None
+    hint: str | None = None
+
+
+class Failure(Schema):
+    """Why a dataset is invalid, as validation stored it."""
+
+    category: Category = Category.INVALID
+    code: str = "dataset_invalid"
+    message: str = "the dataset is invalid"
+    hint: str | None = None
+    param: str | None = "file"
+    retryable: bool = False
+    errors: tuple[FailureItem, ...] = ()
+
+    def details(self) -> list[ErrorDetail]:
+        """Return the faults for the problem body."""
+        return [ErrorDetail(**item.model_dump()) for item in self.errors[:MAX_ERRORS]]
+
+
+class DatasetView(Schema):
+    """An uploaded dataset."""
+
+    id: str
+    object: Literal["dataset"] = "dataset"
+    name: str
+    status: DatasetStatus
+    created_at: int
+    ready_at: int | None
+    bytes: int
+    sha256: str
+    canonical_sha256: str | None
+    policy: DatasetPolicy
+    counts: dict[str, Any] | None = Field(description="rows, pairs, prompts; set when validated")
+    error: Failure | None
+    job_id: str
+    report_url: str
+
+
+class ReportView(Schema):
+    """The validation report; while the dataset is validated, only its status."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    object: Literal["dataset.report"] = "dataset.report"
+    dataset_id: str
+    status: DatasetStatus
+
+
+class RowView(Schema):
+    """One line of the canonical or of the rejected rows."""
+
+    object: Literal["dataset.row"] = "dataset.row"
+    number: int = Field(description="counts from 1 in this view; the cursor of `after`")
+    row: dict[str, Any]
+
+
+def dataset_view(dataset: Dataset, job: Job) -> DatasetView:
+    """Return the view of a dataset; `job` is the one that validates it."""
+    return DatasetView(
+        id=dataset.id,
+        name=dataset.name,
+        status=dataset.status,
+        created_at=int(dataset.created_at),
+        ready_at=unix(dataset.ready_at),
+        bytes=dataset.bytes,
+        sha256=dataset.sha256,
+        canonical_sha256=dataset.canonical_sha256,
+        policy=DatasetPolicy.model_validate(dataset.policy),
+        counts=dataset.counts,
+        error=failure_of(dataset, job),
+        job_id=dataset.job_id,
+        report_url=report_url(dataset.id),
+    )
+
+
+def report_url(dataset_id: str) -> str:
+    """Return where the report of a dataset is."""
+    return f"/v1/datasets/{dataset_id}/report"
+
+
+def report_view(dataset: Dataset) -> ReportView:
+    """Return the stored report of a dataset."""
+    stored = {
+        **(dataset.report or {}),
+        "dataset_id": dataset.id,
+        "status": dataset.status,
+        "rejected_rows_url": f"/v1/datasets/{dataset.id}/rows?view=rejected&format=jsonl",
+    }
+    return ReportView.model_validate(stored)
+
+
+def failure_of(dataset: Dataset, job: Job) -> Failure | None:
+    """Return why the dataset cannot be used: its own fault, or that of its validation."""
+    if dataset.failure is not None:
+        return Failure.model_validate(dataset.failure)
+    if dataset.status is DatasetStatus.VALIDATING and job.error is not None:
+        return Failure.model_validate({"category": Category.RUN_ABORTED, **job.error})
+    if dataset.status is DatasetStatus.INVALID:
+        return Failure()
+    return None

@@ -1,0 +1,206 @@
+"""What endpoints ask for: settings, database, queue, the caller, a page, how long to wait."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Depends, Header, Query, Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query as QueryParam
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.keys import Scope, hash_key
+from app.queue import CeleryQueue
+from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
+from core.settings import Settings
+from models.repositories.owners import OwnerRepository
+from models.repositories.paging import PageQuery
+from models.session import Database
+
+DEFAULT_OWNER = "default"
+TOUCH_EVERY_S = 60.0
+_WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,6})\"?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and what they may do."""
+
+    owner_id: str
+    scopes: frozenset[str]
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the caller has the scope."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+def get_settings(request: Request) -> Settings:
+    """Return the settings that the application was made with."""
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def get_database(request: Request) -> Database:
+    """Return the database of the application."""
+    database: Database = request.app.state.database
+    return database
+
+
+def get_queue(request: Request) -> CeleryQueue:
+    """Return the queue of the application."""
+    queue: CeleryQueue = request.app.state.queue
+    return queue
+
+
+Config = Annotated[Settings, Depends(get_settings)]
+Db = Annotated[Database, Depends(get_database)]
+Queue = Annotated[CeleryQueue, Depends(get_queue)]
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer dk-…`")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+def authenticate(
+    request: Request, credentials: Credentials, database: Db, settings: Config
+) -> Caller:
+    """Return who asks.
+
+    Raises:
+        Unauthenticated: there is no key, or it is unknown, revoked or expired.
+    """
+    if not settings.auth.required:
+        return Caller(request.app.state.default_owner_id, frozenset({Scope.ADMIN}))
+    if credentials is None:
+        raise Unauthenticated(
+            "no API key: expected the header `Authorization: Bearer dk-…`",
+            code="missing_api_key",
+            hint="`kdpo keys create` makes a key",
+        )
+    with database.reading() as session:
+        key = OwnerRepository(session).find_usable_key(hash_key(credentials.credentials))
+    if key is None:
+        raise Unauthenticated(
+            "the API key is unknown, revoked or expired", hint="`kdpo keys list` shows the keys"
+        )
+    if key.last_used_at is None or key.last_used_at < time.time() - TOUCH_EVERY_S:
+        with database.transaction() as session:
+            OwnerRepository(session).touch_key(key.id, older_than_s=TOUCH_EVERY_S)
+    return Caller(key.owner_id, frozenset(key.scopes))
+
+
+def requires(scope: Scope) -> Callable[[Request, Caller], Caller]:
+    """Return a dependency: a caller with the scope, and a request that says nothing unknown."""
+
+    def check(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+        if not caller.may(scope):
+            raise NotPermitted(
+                f"this API key lacks the scope {scope.value!r}",
+                hint=f"use a key with it: kdpo keys create --scope {scope.value}",
+            )
+        refuse_unknown_query(request)
+        refuse_other_bodies(request)
+        return caller
+
+    return check
+
+
+ReadsDatasets = Annotated[Caller, Depends(requires(Scope.DATASETS_READ))]
+WritesDatasets = Annotated[Caller, Depends(requires(Scope.DATASETS_WRITE))]
+ReadsJobs = Annotated[Caller, Depends(requires(Scope.JOBS_READ))]
+WritesJobs = Annotated[Caller, Depends(requires(Scope.JOBS_WRITE))]
+ReadsArtifacts = Annotated[Caller, Depends(requires(Scope.ARTIFACTS_READ))]
+WritesArtifacts = Annotated[Caller, Depends(requires(Scope.ARTIFACTS_WRITE))]
+
+
+def refuse_unknown_query(request: Request) -> None:
+    """Refuse query parameters that the endpoint would ignore.
+
+    Raises:
+        InvalidInput: there is one.
+    """
+    route = request.scope.get("route")
+    if not request.query_params or not isinstance(route, APIRoute):
+        return
+    known = sorted(
+        field.alias
+        for field in get_flat_params(route.dependant)
+        if isinstance(field.field_info, QueryParam)
+    )
+    unknown = sorted(set(request.query_params) - set(known))
+    if unknown:
+        raise InvalidInput(
+            f"unknown query parameter {unknown[0]!r}; this endpoint takes "
+            + (", ".join(known) or "none"),
+            code="unknown_parameter",
+            param=unknown[0],
+            errors=[
+                ErrorDetail(code="extra_forbidden", detail="unknown", pointer=f"query/{name}")
+                for name in unknown
+            ],
+        )
+
+
+def refuse_other_bodies(request: Request) -> None:
+    """Refuse a body that is not JSON where JSON is expected.
+
+    Raises:
+        UnsupportedMedia: the content type says otherwise.
+    """
+    route = request.scope.get("route")
+    if not isinstance(route, APIRoute) or route.body_field is None:
+        return
+    headers = request.headers
+    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        return
+    received = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if received != "application/json" and not received.endswith("+json"):
+        raise UnsupportedMedia(
+            f"received content type {received or 'none'!r}, expected application/json",
+            hint="set the header `Content-Type: application/json`",
+        )
+
+
+def page_query(
+    limit: Annotated[int, Query(ge=1, le=100, description="objects on a page")] = 20,
+    after: Annotated[str | None, Query(max_length=64, description="id before the page")] = None,
+    before: Annotated[str | None, Query(max_length=64, description="id behind the page")] = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="by age")] = "desc",
+) -> PageQuery:
+    """Return which page of a list is asked for."""
+    return PageQuery(limit=limit, after=after, before=before, order=order)
+
+
+PageOf = Annotated[PageQuery, Depends(page_query)]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request waits for what it started; `preferred` when the client said so."""
+
+    seconds: float
+    preferred: bool
+
+    def headers(self) -> dict[str, str]:
+        """Return the header that says how the preference was honoured (RFC 7240)."""
+        return {"Preference-Applied": f"wait={self.seconds:g}"} if self.preferred else {}
+
+
+def patience(
+    settings: Config,
+    prefer: Annotated[
+        str | None, Header(description="`wait=n`: answer when it is done, within n seconds")
+    ] = None,
+) -> Patience | None:
+    """Return what `Prefer: wait=n` asks for, cut to `api.wait_max_s`; None without it."""
+    for part in (prefer or "").split(","):
+        match = _WAIT.fullmatch(part)
+        if match is not None:
+            seconds = min(float(match.group(1)), settings.api.wait_max_s)
+            return Patience(seconds, preferred=True)
+    return None
+
+
+Prefer = Annotated[Patience | None, Depends(patience)]

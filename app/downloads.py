@@ -1,0 +1,164 @@
+"""Files over HTTP: strong ETags, one byte range, no path that leads out of its folder."""
+
+import base64
+import os
+import re
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from app.errors import problem_response
+from app.responses import etag_matches
+from core.errors import FailureCode, NotFound, RunAborted
+
+CHUNK_BYTES = 256 * 1024
+_RANGE = re.compile(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a published folder, as its manifest describes it."""
+
+    folder: Path
+    path: str
+    size_bytes: int
+    sha256: str
+
+    @property
+    def etag(self) -> str:
+        """The strong ETag: the content's own hash."""
+        return f'"sha256:{self.sha256}"'
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes `start` to `stop`, without `stop`."""
+
+    start: int
+    stop: int
+
+
+class Unsatisfiable(RunAborted):
+    """A range begins behind the end of the file."""
+
+
+def parse_range(header: str | None, size: int) -> ByteRange | None:
+    """Return the one range that is asked for; None for the whole file (RFC 9110, 14.1.2).
+
+    A header of another form, or with several ranges, is ignored as the RFC allows.
+
+    Raises:
+        Unsatisfiable: the range has no byte of the file.
+    """
+    match = _RANGE.fullmatch(header or "")
+    if match is None or not (match.group(1) or match.group(2)):
+        return None
+    first, last = match.group(1), match.group(2)
+    if not first:
+        start, stop = max(0, size - int(last)), size
+    else:
+        start, stop = int(first), size if not last else min(int(last) + 1, size)
+        if last and int(last) < start:
+            return None
+    if start >= stop:
+        raise Unsatisfiable(
+            f"range {header!r} has no byte of a file of {size} bytes", failure=FailureCode.INTERNAL
+        )
+    return ByteRange(start, stop)
+
+
+def open_inside(file: StoredFile) -> int:
+    """Open a file for reading and return its descriptor; links are not followed.
+
+    Raises:
+        NotFound: the path leads out of the folder, or is not a regular file.
+        RunAborted: the file is not the one that was published.
+    """
+    folder = Path(os.path.realpath(file.folder))
+    target = folder / file.path
+    if not Path(os.path.realpath(target)).is_relative_to(folder):
+        raise NotFound(f"no file {file.path!r}")
+    try:
+        handle = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise NotFound(f"the file {file.path!r} is gone from the server's disk") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != file.size_bytes:
+        os.close(handle)
+        raise RunAborted(
+            f"{file.path!r} has {status.st_size} bytes, published were {file.size_bytes}",
+            failure=FailureCode.CHECKPOINT_CORRUPT,
+            hint="export or train again; the file on the server's disk has changed",
+        )
+    return handle
+
+
+async def file_response(request: Request, file: StoredFile) -> Response:
+    """Return the file, a range of it, 304 or 416, as the request's conditions say."""
+    headers = _headers(file)
+    if etag_matches(request.headers.get("if-none-match"), file.etag):
+        kept = ("ETag", "Cache-Control")
+        return Response(status_code=304, headers={name: headers[name] for name in kept})
+    wanted = request.headers.get("range")
+    if request.headers.get("if-range", file.etag) != file.etag:
+        wanted = None
+    try:
+        part = parse_range(wanted, file.size_bytes)
+    except Unsatisfiable as error:
+        return problem_response(
+            request,
+            status=416,
+            code="range_not_satisfiable",
+            detail=error.message,
+            headers={"Content-Range": f"bytes */{file.size_bytes}", "Accept-Ranges": "bytes"},
+        )
+    handle = await run_in_threadpool(open_inside, file)
+    whole = ByteRange(0, file.size_bytes)
+    sent = part or whole
+    headers["Content-Length"] = str(sent.stop - sent.start)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size_bytes}"
+    status = 200 if part is None else 206
+    if request.method == "HEAD":
+        os.close(handle)
+        return Response(status_code=status, headers=headers)
+    return StreamingResponse(_chunks(handle, sent), status_code=status, headers=headers)
+
+
+async def _chunks(handle: int, part: ByteRange) -> AsyncIterator[bytes]:
+    position = part.start
+    try:
+        while position < part.stop:
+            size = min(CHUNK_BYTES, part.stop - position)
+            chunk = await run_in_threadpool(os.pread, handle, size, position)
+            if not chunk:
+                raise RunAborted(
+                    "the file became shorter while it was sent",
+                    failure=FailureCode.CHECKPOINT_CORRUPT,
+                )
+            position += len(chunk)
+            yield chunk
+    finally:
+        os.close(handle)
+
+
+def _headers(file: StoredFile) -> dict[str, str]:
+    name = file.path.rpartition("/")[2]
+    digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
+    return {
+        "ETag": file.etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Content-Disposition": f"attachment; filename*=utf-8''{quote(name)}",
+        "Content-Type": "application/json"
+        if name.endswith(".json")
+        else "application/octet-stream",
+        "X-Content-Type-Options": "nosniff",
+    }

@@ -1,0 +1,192 @@
+"""Fine-tuning jobs in OpenAI's form."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import ConfigDict, Field, StringConstraints
+
+from app.checkpoint_views import CheckpointView, checkpoint_view
+from app.deps import Config, Db, PageOf, Queue, ReadsJobs, WritesJobs
+from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
+from app.jobs import (
+    EventCursor,
+    EventLimit,
+    EventOrder,
+    JobId,
+    Scope,
+    read_events,
+    read_metrics,
+)
+from app.queue import relay_now
+from app.responses import ListOf, conditional, list_of
+from core.hub import resolve
+from core.lifecycle import JobKind, JobStatus
+from core.methods import AutoMethod, KernelDpoMethod, Method
+from core.settings import Settings
+from core.spec import SpecModel
+from models.repositories.datasets import DatasetRepository
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
+
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=16, description="up to 16 pairs of your own"),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**31, description="the same seed repeats the run")]
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=512, description="a folder on the server, or a hub id")
+]
+DatasetId = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class CreateFineTuningJob(SpecModel):
+    """What to train, on what, and how."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "tiny-lm", "dataset_id": "ds_01jd", "method": {"type": "auto"}},
+                {
+                    "model": "Qwen/Qwen2.5-0.5B",
+                    "dataset_id": "ds_01jd",
+                    "seed": 7,
+                    "method": {
+                        "type": "kernel_dpo",
+                        "kernel_dpo": {
+                            "kernel": "rbf",
+                            "divergence": "jensen_shannon",
+                            "hyperparameters": {"beta": 0.1, "gamma": 0.1},
+                        },
+                    },
+                },
+            ]
+        }
+    )
+
+    model: ModelName
+    dataset_id: DatasetId
+    method: Method = AutoMethod(type="auto")
+    seed: Seed = 0
+    suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    metadata: Metadata = Field(default_factory=dict)
+
+
+@router.post("", operation_id="create_fine_tuning_job")
+def create_fine_tuning_job(
+    caller: WritesJobs, database: Db, queue: Queue, settings: Config, body: CreateFineTuningJob
+) -> FineTuningJob:
+    """Queue a fine-tuning job; `auto` measures the data, searches, trains and compares."""
+    with database.reading() as session:
+        DatasetRepository(session).get_usable(caller.owner_id, body.dataset_id)
+    spec = _job_spec(body, settings)
+    with database.transaction() as session:
+        DatasetRepository(session).get_usable(caller.owner_id, body.dataset_id)
+        job = JobRepository(session).create(
+            owner_id=caller.owner_id,
+            kind=JobKind.TRAINING,
+            spec=spec,
+            dataset_id=body.dataset_id,
+            model=body.model,
+            seed=body.seed,
+            metadata=body.metadata,
+        )
+        view = fine_tuning_job(session, job)
+    relay_now(database, queue)
+    return view
+
+
+def _job_spec(body: CreateFineTuningJob, settings: Settings) -> dict[str, Any]:
+    """Return what the worker reads, with every model pinned."""
+    encoder = None
+    if isinstance(body.method, KernelDpoMethod) and body.method.kernel_dpo.encoder is not None:
+        encoder = resolve(body.method.kernel_dpo.encoder, settings).model_dump(mode="json")
+    spec: dict[str, Any] = {
+        "model": resolve(body.model, settings).model_dump(mode="json"),
+        "method": body.method.model_dump(mode="json"),
+        "encoder": encoder,
+    }
+    return spec if body.suffix is None else {**spec, "suffix": body.suffix}
+
+
+@router.get("", operation_id="list_fine_tuning_jobs")
+def list_fine_tuning_jobs(
+    caller: ReadsJobs,
+    database: Db,
+    query: PageOf,
+    status: JobStatus | None = None,
+    dataset_id: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, Query(max_length=512)] = None,
+) -> ListOf[FineTuningJob]:
+    """List fine-tuning jobs, newest first."""
+    with database.reading() as session:
+        page = JobRepository(session).page(
+            caller.owner_id,
+            query,
+            kind=JobKind.TRAINING,
+            status=status,
+            dataset_id=dataset_id,
+            model=model,
+        )
+        jobs = [fine_tuning_job(session, job) for job in page.rows]
+    return list_of(jobs, [job.id for job in jobs], has_more=page.has_more)
+
+
+@router.get("/{job_id}", operation_id="get_fine_tuning_job", response_model=FineTuningJob)
+def get_fine_tuning_job(
+    request: Request, caller: ReadsJobs, database: Db, job_id: JobId
+) -> Response:
+    """Return one fine-tuning job; its ETag makes polling cheap."""
+    with database.reading() as session:
+        job = JobRepository(session).get(caller.owner_id, job_id, kind=JobKind.TRAINING)
+        view = fine_tuning_job(session, job)
+    return conditional(request, view, version=view.etag)
+
+
+@router.post("/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
+def cancel_fine_tuning_job(caller: WritesJobs, database: Db, job_id: JobId) -> FineTuningJob:
+    """Cancel a job: at once when it is queued, at its next step when it runs."""
+    with database.transaction() as session:
+        jobs = JobRepository(session)
+        jobs.get(caller.owner_id, job_id, kind=JobKind.TRAINING)
+        return fine_tuning_job(session, jobs.request_cancel(caller.owner_id, job_id))
+
+
+@router.get("/{job_id}/events", operation_id="list_fine_tuning_events")
+def list_fine_tuning_events(
+    caller: ReadsJobs,
+    database: Db,
+    job_id: JobId,
+    limit: EventLimit = 20,
+    after: EventCursor = None,
+    order: EventOrder = "asc",
+) -> ListOf[EventView]:
+    """List events of a job, oldest first unless `order=desc`."""
+    return read_events(
+        database, caller.owner_id, job_id, limit=limit, after=after, order=order,
+        kind=JobKind.TRAINING,
+    )  # fmt: skip
+
+
+@router.get("/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
+def list_fine_tuning_checkpoints(
+    caller: ReadsJobs, database: Db, query: PageOf, job_id: JobId
+) -> ListOf[CheckpointView]:
+    """List the checkpoints of a job, newest first."""
+    with database.reading() as session:
+        JobRepository(session).get(caller.owner_id, job_id, kind=JobKind.TRAINING)
+        page = ExperimentRepository(session).checkpoint_page(caller.owner_id, query, job_id=job_id)
+        views = [checkpoint_view(row) for row in page.rows]
+    return list_of(views, [view.id for view in views], has_more=page.has_more)
+
+
+@router.get("/{job_id}/metrics", operation_id="get_fine_tuning_metrics")
+def get_fine_tuning_metrics(
+    caller: ReadsJobs, database: Db, job_id: JobId, scope: Scope = "train"
+) -> MetricsView:
+    """Return the metric series of one scope of a job."""
+    return read_metrics(database, caller.owner_id, job_id, scope, kind=JobKind.TRAINING)

@@ -1,0 +1,267 @@
+"""What a job looks like from outside: one form for all kinds, OpenAI's for fine-tuning."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from sqlalchemy.orm import Session
+
+from app.responses import Schema, unix
+from core.lifecycle import EventType, JobKind, JobStatus, Phase, StepStatus
+from core.methods import Method
+from core.results import TrainingResult
+from models.experiment import MetricPoint
+from models.job import Event, Job, JobStep
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
+from models.repositories.steps import StepRepository
+
+
+class Progress(Schema):
+    """How far the present part is; `basis` is `prior` until a rate was measured."""
+
+    fraction: float
+    unit: str
+    done: int
+    total: int
+    rate: float | None = None
+    eta_seconds: float | None = None
+    eta_low: float | None = None
+    eta_high: float | None = None
+    basis: str = "prior"
+
+
+class QueuePlace(Schema):
+    """Where a queued job stands; position 1 is next."""
+
+    position: int | None
+    ahead: int
+    estimated_start: int | None = None
+
+
+class JobError(Schema):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+    hint: str | None = None
+    retryable: bool = False
+    phase: str | None = None
+    attempt: int | None = None
+    log_tail: str | None = None
+
+
+class Usage(Schema):
+    """What a job has used."""
+
+    gpu_seconds: float
+    trained_tokens: int | None = None
+
+
+class StepView(Schema):
+    """One resumable part of a job."""
+
+    name: str
+    status: StepStatus
+    started_at: int | None
+    finished_at: int | None
+    study_id: str | None = None
+    recommendation_id: str | None = None
+
+
+class JobView(Schema):
+    """Any job."""
+
+    id: str
+    object: str = "job"
+    kind: JobKind
+    status: JobStatus
+    phase: Phase | None
+    attempt: int
+    attention: list[str]
+    created_at: int
+    queued_at: int | None
+    started_at: int | None
+    finished_at: int | None
+    estimated_finish: int | None
+    heartbeat_at: int | None
+    version: int
+    progress: Progress | None
+    queue: QueuePlace
+    steps: list[StepView]
+    dataset_id: str | None
+    model: str | None
+    seed: int
+    cancel_requested: bool
+    usage: Usage
+    metadata: dict[str, str]
+    error: JobError | None
+
+    @property
+    def etag(self) -> str:
+        """The version of what is shown: a queued job's place changes without the job."""
+        place = "" if self.queue.position is None else f".{self.queue.ahead}"
+        return f"{self.version}{place}"
+
+
+class AnyJob(JobView):
+    """A job of any kind with its result as it was stored."""
+
+    result: dict[str, Any] | None
+
+
+class FineTuningJob(JobView):
+    """OpenAI's `fine_tuning.job` and what kdpo adds to it."""
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    organization_id: str
+    training_file: str | None = None
+    validation_file: str | None = None
+    method: Method
+    suffix: str | None
+    fine_tuned_model: str | None
+    result_files: tuple[str, ...] = ()
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    trained_tokens: int | None = None
+    integrations: tuple[str, ...] = ()
+    resumable: bool
+    resume_blocked_reason: str | None
+    parent_job_id: str | None = None
+    estimate: dict[str, float | None] | None = None
+    recommendation_id: str | None
+    study_id: str | None
+    result: TrainingResult | None = Field(description="set when the job has succeeded")
+
+
+class EventView(Schema):
+    """One stored event; `seq` counts from 1 in each job."""
+
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    id: str
+    seq: int
+    type: EventType
+    level: str
+    message: str
+    data: dict[str, Any]
+    attempt: int
+    created_at: int
+
+
+class MetricView(Schema):
+    """Metrics of one step under TRL's names."""
+
+    step: int
+    values: dict[str, float | None]
+    created_at: int
+
+
+class MetricsView(Schema):
+    """The metric series of one scope."""
+
+    object: Literal["job.metrics"] = "job.metrics"
+    job_id: str
+    scope: str
+    data: list[MetricView]
+
+
+def any_job(session: Session, job: Job) -> AnyJob:
+    """Return the view of a job of any kind."""
+    return AnyJob(**_common(session, job), result=job.result)
+
+
+def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
+    """Return the view of a training job."""
+    experiments = ExperimentRepository(session)
+    study = experiments.study_of(job.id)
+    recommendation = experiments.recommendation_of(job.id)
+    succeeded = job.status is JobStatus.SUCCEEDED and job.result is not None
+    result = TrainingResult.model_validate(job.result) if succeeded else None
+    ended = job.status.is_terminal
+    return FineTuningJob(
+        **_common(session, job),
+        organization_id=job.owner_id,
+        method=job.spec["method"],
+        suffix=job.spec.get("suffix"),
+        fine_tuned_model=None if result is None else result.run.checkpoint_id,
+        resumable=not ended,
+        resume_blocked_reason=f"the job has {job.status.value}" if ended else None,
+        recommendation_id=None if recommendation is None else recommendation.id,
+        study_id=None if study is None else study.id,
+        result=result,
+    )
+
+
+def event_view(event: Event) -> EventView:
+    """Return the view of an event."""
+    return EventView(
+        id=event.id,
+        seq=event.seq,
+        type=event.type,
+        level=event.level,
+        message=event.message,
+        data=event.data,
+        attempt=event.attempt,
+        created_at=int(event.created_at),
+    )
+
+
+def metrics_view(job_id: str, scope: str, points: list[MetricPoint]) -> MetricsView:
+    """Return the view of a metric series."""
+    data = [MetricView(step=p.step, values=p.metrics, created_at=int(p.created_at)) for p in points]
+    return MetricsView(job_id=job_id, scope=scope, data=data)
+
+
+def job_error(error: dict[str, Any] | None) -> JobError | None:
+    """Return the view of a stored error."""
+    return None if error is None else JobError.model_validate(error)
+
+
+def progress_view(progress: dict[str, Any] | None) -> Progress | None:
+    """Return the view of stored progress."""
+    return None if progress is None else Progress.model_validate(progress)
+
+
+def _common(session: Session, job: Job) -> dict[str, Any]:
+    """Return the members that every kind of job has."""
+    ahead = JobRepository(session).queue_position(job)
+    progress = progress_view(job.progress)
+    finish = None
+    if job.status is JobStatus.RUNNING and progress is not None and progress.eta_seconds:
+        finish = unix((job.heartbeat_at or job.created_at) + progress.eta_seconds)
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "status": job.status,
+        "phase": job.phase,
+        "attempt": job.attempt,
+        "attention": job.attention,
+        "created_at": int(job.created_at),
+        "queued_at": unix(job.queued_at),
+        "started_at": unix(job.started_at),
+        "finished_at": unix(job.finished_at),
+        "estimated_finish": finish,
+        "heartbeat_at": unix(job.heartbeat_at),
+        "version": job.version,
+        "progress": progress,
+        "queue": QueuePlace(position=None if ahead is None else ahead + 1, ahead=ahead or 0),
+        "steps": [_step(step) for step in StepRepository(session).of_job(job.id)],
+        "dataset_id": job.dataset_id,
+        "model": job.model,
+        "seed": job.seed,
+        "cancel_requested": job.cancel_requested_at is not None,
+        "usage": Usage(gpu_seconds=job.gpu_seconds),
+        "metadata": job.labels,
+        "error": job_error(job.error),
+    }
+
+
+def _step(step: JobStep) -> StepView:
+    result = step.result or {}
+    return StepView(
+        name=step.name,
+        status=step.status,
+        started_at=unix(step.started_at),
+        finished_at=unix(step.finished_at),
+        study_id=result.get("study_id"),
+        recommendation_id=result.get("recommendation_id"),
+    )

@@ -1,0 +1,139 @@
+"""One view over all kinds of jobs: list, get, events, metrics, cancel."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from sqlalchemy.orm import Session
+
+from app.deps import Db, PageOf, ReadsJobs, WritesJobs
+from app.job_views import (
+    AnyJob,
+    EventView,
+    MetricsView,
+    any_job,
+    event_view,
+    metrics_view,
+)
+from app.responses import ListOf, conditional, list_of
+from core.errors import InvalidInput
+from core.ids import IdPrefix
+from core.lifecycle import JobKind, JobStatus
+from models.repositories.events import events_after, events_before, seq_of
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
+from models.session import Database
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+JobId = Annotated[str, Path(max_length=64)]
+EventLimit = Annotated[int, Query(ge=1, le=100)]
+EventCursor = Annotated[str | None, Query(max_length=64, description="a `seq` or an event id")]
+EventOrder = Annotated[Literal["asc", "desc"], Query(description="by `seq`")]
+Scope = Annotated[str, Query(max_length=40, description="`train`, `baseline` or `trial:<number>`")]
+
+
+@router.get("", operation_id="list_jobs")
+def list_jobs(
+    caller: ReadsJobs,
+    database: Db,
+    query: PageOf,
+    kind: JobKind | None = None,
+    status: JobStatus | None = None,
+    dataset_id: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, Query(max_length=512)] = None,
+) -> ListOf[AnyJob]:
+    """List jobs of all kinds, newest first."""
+    with database.reading() as session:
+        page = JobRepository(session).page(
+            caller.owner_id, query, kind=kind, status=status, dataset_id=dataset_id, model=model
+        )
+        jobs = [any_job(session, job) for job in page.rows]
+    return list_of(jobs, [job.id for job in jobs], has_more=page.has_more)
+
+
+@router.get("/{job_id}", operation_id="get_job", response_model=AnyJob)
+def get_job(request: Request, caller: ReadsJobs, database: Db, job_id: JobId) -> Response:
+    """Return one job; its ETag makes polling cheap."""
+    with database.reading() as session:
+        view = any_job(session, JobRepository(session).get(caller.owner_id, job_id))
+    return conditional(request, view, version=view.etag)
+
+
+@router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202)
+def cancel_job(caller: WritesJobs, database: Db, job_id: JobId) -> AnyJob:
+    """Cancel a job: at once when it is queued, at its next step when it runs."""
+    with database.transaction() as session:
+        return any_job(session, JobRepository(session).request_cancel(caller.owner_id, job_id))
+
+
+@router.get("/{job_id}/events", operation_id="list_job_events")
+def list_job_events(
+    caller: ReadsJobs,
+    database: Db,
+    job_id: JobId,
+    limit: EventLimit = 20,
+    after: EventCursor = None,
+    order: EventOrder = "asc",
+) -> ListOf[EventView]:
+    """List events of a job, oldest first unless `order=desc`."""
+    return read_events(database, caller.owner_id, job_id, limit=limit, after=after, order=order)
+
+
+@router.get("/{job_id}/metrics", operation_id="get_job_metrics")
+def get_job_metrics(
+    caller: ReadsJobs, database: Db, job_id: JobId, scope: Scope = "train"
+) -> MetricsView:
+    """Return the metric series of one scope of a job."""
+    return read_metrics(database, caller.owner_id, job_id, scope)
+
+
+def read_events(
+    database: Database,
+    owner_id: str,
+    job_id: str,
+    *,
+    limit: int,
+    after: str | None,
+    order: Literal["asc", "desc"],
+    kind: JobKind | None = None,
+) -> ListOf[EventView]:
+    """Return a page of a job's events.
+
+    Raises:
+        NotFound: no such job, or no such event.
+        InvalidInput: `after` is neither a number nor an event id.
+    """
+    with database.reading() as session:
+        JobRepository(session).get(owner_id, job_id, kind=kind)
+        seq = None if after is None else _seq(session, job_id, after)
+        match order:
+            case "asc":
+                rows = events_after(session, job_id, seq or 0, limit + 1)
+            case "desc":
+                rows = events_before(session, job_id, seq, limit + 1)
+        events = [event_view(event) for event in rows[:limit]]
+    return list_of(events, [event.id for event in events], has_more=len(rows) > limit)
+
+
+def read_metrics(
+    database: Database, owner_id: str, job_id: str, scope: str, *, kind: JobKind | None = None
+) -> MetricsView:
+    """Return a metric series.
+
+    Raises:
+        NotFound: no such job.
+    """
+    with database.reading() as session:
+        JobRepository(session).get(owner_id, job_id, kind=kind)
+        points = ExperimentRepository(session).metrics(job_id, scope)
+        return metrics_view(job_id, scope, points)
+
+
+def _seq(session: Session, job_id: str, cursor: str) -> int:
+    if cursor.isascii() and cursor.isdigit() and len(cursor) <= 18:
+        return int(cursor)
+    if cursor.startswith(IdPrefix.EVENT.value):
+        return seq_of(session, job_id, cursor)
+    raise InvalidInput(
+        f"`after` is {cursor!r}, expected the `seq` or the id of an event", param="after"
+    )

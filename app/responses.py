@@ -1,0 +1,100 @@
+"""Shared forms of answers: lists, ETags, and waiting for a row to change."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Literal, TypeVar
+
+import anyio
+from fastapi import Request, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
+
+T = TypeVar("T")
+POLL_FIRST_S = 0.05
+POLL_MAX_S = 0.5
+
+
+class Schema(BaseModel):
+    """Base of all answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ListOf(Schema, Generic[T]):
+    """One page in OpenAI's form."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def list_of(items: Sequence[T], ids: Sequence[str], *, has_more: bool) -> ListOf[T]:
+    """Return a page of objects with their ids."""
+    return ListOf(
+        data=list(items),
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=has_more,
+    )
+
+
+def unix(seconds: float | None) -> int | None:
+    """Return a time as whole unix seconds."""
+    return None if seconds is None else int(seconds)
+
+
+def json_response(
+    body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an object as JSON."""
+    return Response(
+        content=body.model_dump_json(),
+        status_code=status,
+        media_type="application/json",
+        headers=dict(headers or {}),
+    )
+
+
+def conditional(request: Request, body: BaseModel, *, version: str | None = None) -> Response:
+    """Return an object with its weak ETag, or 304 when the client has this version already.
+
+    Without a version the ETag is a hash of the content.
+    """
+    content = body.model_dump_json()
+    if version is None:
+        version = hashlib.sha256(content.encode()).hexdigest()[:32]
+    etag = f'W/"{version}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if etag_matches(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    return Response(content=content, media_type="application/json", headers=headers)
+
+
+def etag_matches(header: str | None, etag: str) -> bool:
+    """Whether `If-None-Match` names the ETag, by the weak comparison (RFC 9110, 13.1.2)."""
+    if header is None:
+        return False
+    if header.strip() == "*":
+        return True
+    named = (part.strip().removeprefix("W/") for part in header.split(","))
+    return etag.removeprefix("W/") in named
+
+
+async def wait_until(ready: Callable[[], bool], seconds: float) -> bool:
+    """Ask a blocking question again and again until it is true or time is up.
+
+    The thread pool is used only while the question runs, so many requests can wait at once.
+    """
+    deadline = time.monotonic() + seconds
+    pause = POLL_FIRST_S
+    while True:
+        if await run_in_threadpool(ready):
+            return True
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        await anyio.sleep(min(pause, left))
+        pause = min(pause * 1.5, POLL_MAX_S)

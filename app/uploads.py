@@ -1,0 +1,267 @@
+"""Receives a multipart upload straight to its final disk, hashed while it is written."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from core.errors import InvalidInput, MalformedRequest, StorageFull, TooLarge, UnsupportedMedia
+from core.settings import MIB
+
+WRITE_BYTES = MIB
+MAX_FIELD_BYTES = 64 * 1024
+MAX_PARTS = 16
+# Room that an upload must leave on the disk for the database.
+SPARE_BYTES = 64 * MIB
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that lies under its final name."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    filename: str | None
+    fields: dict[str, str]
+
+
+@dataclass
+class _Part:
+    """The part that is being read."""
+
+    name: str = ""
+    filename: str | None = None
+    data: bytearray = field(default_factory=bytearray)
+
+
+@dataclass
+class _Form:
+    """Turns the parser's callbacks into fields and into chunks of the one file."""
+
+    allowed: frozenset[str]
+    pending: bytearray = field(default_factory=bytearray)
+    fields: dict[str, str] = field(default_factory=dict)
+    filename: str | None = None
+    has_file: bool = False
+    is_complete: bool = False
+    _names: set[str] = field(default_factory=set)
+    _part: _Part = field(default_factory=_Part)
+    _header: bytearray = field(default_factory=bytearray)
+    _value: bytearray = field(default_factory=bytearray)
+    _disposition: bytes = b""
+
+    def parser(self, boundary: bytes) -> MultipartParser:
+        return MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._end_headers,
+                "on_part_data": self._data,
+                "on_part_end": self._end,
+                "on_end": self._complete,
+            },
+        )
+
+    def _begin(self) -> None:
+        self._part = _Part()
+        self._disposition = b""
+        if len(self._names) >= MAX_PARTS:
+            raise InvalidInput(f"more than {MAX_PARTS} parts; expected file, name and policy")
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
+
+    def _end_headers(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", errors="replace")
+        known = ", ".join(sorted(self.allowed | {"file"}))
+        if name not in self.allowed | {"file"}:
+            raise InvalidInput(
+                f"unknown field {name[:100]!r}; this endpoint takes {known}",
+                code="unknown_parameter", param=name[:100],
+            )  # fmt: skip
+        if name in self._names:
+            raise InvalidInput(f"the field {name!r} came twice; send it once", param=name)
+        self._names.add(name)
+        self._part.name = name
+        if name == "file":
+            self.has_file = True
+            filename = options.get(b"filename", b"").decode("utf-8", errors="replace")
+            self.filename = filename.replace("\\", "/").rpartition("/")[2] or None
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._part.name == "file":
+            self.pending += data[start:end]
+            return
+        self._part.data += data[start:end]
+        if len(self._part.data) > MAX_FIELD_BYTES:
+            raise TooLarge(
+                f"the field {self._part.name!r} is longer than {MAX_FIELD_BYTES} bytes",
+                param=self._part.name,
+            )
+
+    def _end(self) -> None:
+        if self._part.name == "file":
+            return
+        try:
+            self.fields[self._part.name] = self._part.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(
+                f"the field {self._part.name!r} is not UTF-8", param=self._part.name
+            ) from error
+
+    def _complete(self) -> None:
+        self.is_complete = True
+
+
+async def receive_upload(
+    request: Request, target: Path, *, max_bytes: int, fields: frozenset[str]
+) -> Upload:
+    """Write the part `file` of a multipart body to `target` (0600, fsync, rename).
+
+    The other parts must be among `fields`. When anything fails, no file is left.
+
+    Raises:
+        UnsupportedMedia: the body is not multipart/form-data.
+        MalformedRequest: it breaks off or is not well formed.
+        InvalidInput: there is no file, the file is empty, or a field is unknown.
+        TooLarge: the file is larger than `max_bytes`.
+        StorageFull: the disk has no room.
+    """
+    boundary = _boundary(request)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        await run_in_threadpool(_make_room, target.parent, _told_bytes(request))
+        form = _Form(allowed=fields)
+        with await run_in_threadpool(_create, temporary) as file:
+            size, sha256 = await _copy(
+                request.stream(), form.parser(boundary), form, file, max_bytes=max_bytes
+            )
+            await run_in_threadpool(_sync, file)
+        if not form.is_complete:
+            raise MalformedRequest(
+                "the multipart body ends before its last boundary; send it again"
+            )
+        if not form.has_file:
+            raise InvalidInput(
+                "the form has no part named `file`", code="missing_file", param="file",
+                hint="curl -F file=@data.jsonl sends one",
+            )  # fmt: skip
+        if size == 0:
+            raise InvalidInput(
+                "the file is empty", code="empty_file", param="file",
+                hint="upload JSON Lines with one preference pair a line",
+            )  # fmt: skip
+        await run_in_threadpool(_publish, temporary, target)
+    except FormParserError as error:
+        raise MalformedRequest(f"the multipart body is not well formed: {error}") from error
+    except ClientDisconnect as error:
+        raise MalformedRequest("the client went away before the body was complete") from error
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _no_room() from error
+    finally:
+        await run_in_threadpool(temporary.unlink, missing_ok=True)
+    return Upload(target, size, sha256, form.filename, form.fields)
+
+
+async def _copy(
+    stream: AsyncIterator[bytes],
+    parser: MultipartParser,
+    form: _Form,
+    file: BinaryIO,
+    *,
+    max_bytes: int,
+) -> tuple[int, str]:
+    """Feed the body to the parser and write what it finds, a MiB at a time."""
+    digest = hashlib.sha256()
+    size = 0
+
+    def write(chunk: bytes) -> None:
+        file.write(chunk)
+        digest.update(chunk)
+
+    async for chunk in stream:
+        parser.write(chunk)
+        if size + len(form.pending) > max_bytes:
+            raise TooLarge(
+                f"the file is larger than {max_bytes} bytes, which is the limit here",
+                param="file",
+                hint="upload a sample, compress it with gzip, or raise KDPO_API__MAX_UPLOAD_BYTES",
+            )
+        if len(form.pending) >= WRITE_BYTES:
+            size += len(form.pending)
+            await run_in_threadpool(write, bytes(form.pending))
+            form.pending.clear()
+    parser.finalize()
+    size += len(form.pending)
+    await run_in_threadpool(write, bytes(form.pending))
+    return size, digest.hexdigest()
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise UnsupportedMedia(
+            f"received content type {kind.decode('latin-1') or 'none'!r}, expected "
+            "multipart/form-data with a boundary",
+            hint="curl -F file=@data.jsonl sends it",
+        )
+    return boundary
+
+
+def _told_bytes(request: Request) -> int:
+    told = request.headers.get("content-length", "")
+    return int(told) if told.isascii() and told.isdigit() else 0
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < needed + SPARE_BYTES:
+        raise _no_room()
+
+
+def _create(path: Path) -> BinaryIO:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    return os.fdopen(handle, "wb")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    temporary.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _no_room() -> StorageFull:
+    return StorageFull(
+        "the server's disk has no room for the upload",
+        hint="free space on the server and send it again",
+    )
