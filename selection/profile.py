@@ -44,15 +44,19 @@ KERNELS: tuple[KernelSpec, ...] = (
 
 
 def profile_dataset(
-    features: ReferenceFeatures, *, seed: int, bootstrap: int = 200
+    features: ReferenceFeatures,
+    *,
+    seed: int,
+    bootstrap: int = 200,
+    max_pairs: int = MAX_PAIRS,
 ) -> DatasetProfile:
     """Compute every metric with its interval over `bootstrap` resamples of prompts.
 
-    Above 2,000 pairs all metrics are of whole prompts drawn at random until the next one would
-    pass 2,000; the kernel preference accuracy is O(pairs^3). Deterministic in features and seed.
+    Above `max_pairs` all metrics are of whole prompts drawn at random until the next one would
+    pass it; the kernel preference accuracy is O(pairs^3). Deterministic in features and seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    sample = features.take(sampled_rows(features.group, limit=MAX_PAIRS, generator=generator))
+    sample = features.take(sampled_rows(features.group, limit=max_pairs, generator=generator))
     weights = group_weights(sample.group, resamples=bootstrap, generator=generator)
     with torch.no_grad():
         kernels = _kernel_metrics(sample, weights, seed=seed, generator=generator)

@@ -9,6 +9,9 @@ from selection.metrics.bootstrap import weighted_mean
 
 FOLDS = 5
 RIDGE = 1.0
+# Two held-out scores share the product of their labels, so they are not independent. On shuffled
+# labels the spread of KPA over datasets was 1.1 to 1.26 times that of the bootstrap.
+WIDENING = 1.25
 
 
 def preference_gram(kernel: Kernel, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -56,8 +59,10 @@ def kpa(
 ) -> Tensor:
     """Share of pairs that a fit on the other folds orders right, ties half, (B,), in [0, 1].
 
-    The bootstrap resamples the held-out pairs and does not refit. A score below rounding is a tie.
+    The bootstrap resamples the held-out pairs and does not refit; its deviations are widened by
+    1.25 for the dependence of the fits. A score below rounding is a tie.
     """
     scores = held_out_scores(preference_gram(kernel, chosen, rejected), fold, ridge=RIDGE)
     right = torch.where(scores.abs() <= 1e-9, 0.5, (scores > 0).double())
-    return weighted_mean(weights, right)
+    shares = weighted_mean(weights, right)
+    return (shares[0] + WIDENING * (shares - shares[0])).clamp(0.0, 1.0)

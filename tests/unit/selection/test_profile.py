@@ -1,0 +1,166 @@
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from core.errors import InvalidInput
+from core.profile import DatasetProfile, Estimate
+from core.spec import KernelName
+from selection.profile import profile_dataset
+from selection.recommender import recommend
+from tests.unit.selection.samples import features, shuffled
+
+# The preference lies along an axis with hardly any variance beside eleven large noisy ones:
+# whitening finds it, distances and cosines do not.
+QUIET_AXIS = torch.tensor([0.03, *[1.0] * 11])
+
+
+def estimates(profile: DatasetProfile) -> dict[str, Estimate]:
+    found = {}
+    for entry in profile.kernels:
+        found |= {
+            f"{entry.kernel}.{name}": getattr(entry, name)
+            for name in ("pnd", "pnav", "tat", "nag", "kpa")
+        }
+    for name in type(profile.reference).model_fields:
+        found[name] = getattr(profile.reference, name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def carried_by_mahalanobis() -> DatasetProfile:
+    return profile_dataset(features(500, signal=3.5, scales=QUIET_AXIS), seed=0)
+
+
+def test_the_kernel_whose_geometry_carries_the_preference_is_first(carried_by_mahalanobis):
+    kpa = {entry.kernel: entry.kpa for entry in carried_by_mahalanobis.kernels}
+    assert kpa["mahalanobis"].low > 0.8
+    assert kpa["mahalanobis"].low > max(kpa["rbf"].high, kpa["polynomial"].high)
+    found = recommend(carried_by_mahalanobis)
+    assert found.kernel == KernelName.MAHALANOBIS
+    assert found.kernels_separated
+    assert "Kernels differ: mahalanobis" in found.summary
+
+
+@pytest.fixture(scope="module")
+def shuffled_profiles() -> list[DatasetProfile]:
+    return [
+        profile_dataset(
+            shuffled(features(160, signal=3.0, scales=QUIET_AXIS, seed=seed), seed=seed), seed=seed
+        )
+        for seed in range(20)
+    ]
+
+
+def test_kpa_intervals_of_shuffled_labels_hold_a_half_as_often_as_they_say(shuffled_profiles):
+    for index, name in enumerate(KernelName):
+        intervals = [profile.kernels[index].kpa for profile in shuffled_profiles]
+        held = sum(found.low <= 0.5 <= found.high for found in intervals)
+        # Binomial(20, 0.95) is 16 or more in 99.97 % of cases.
+        assert held >= 16, name
+    values = [entry.kpa.value for profile in shuffled_profiles for entry in profile.kernels]
+    assert sum(values) / len(values) == pytest.approx(0.5, abs=0.03)
+
+
+def test_shuffled_labels_carry_no_confidence(shuffled_profiles):
+    for profile in shuffled_profiles:
+        found = recommend(profile)
+        assert not found.separated
+        assert not found.kernels_separated
+        assert found.confidence < 0.65
+        assert "do not separate" in found.summary
+
+
+def test_every_metric_keeps_its_bounds_and_its_interval(carried_by_mahalanobis):
+    unit = {"tat", "kpa", "support_overlap", "smoothness", "reference_accuracy"}
+    for name, found in estimates(carried_by_mahalanobis).items():
+        assert found.low <= found.value <= found.high, name
+        metric = name.split(".")[-1]
+        if metric in unit:
+            assert found.low >= 0.0, name
+            assert found.high <= 1.0, name
+        if metric in ("pnd", "pnav", "drift_magnitude"):
+            assert found.low >= 0.0, name
+        if metric == "nag":
+            assert -1.0 <= found.low <= found.high <= 1.0
+        if metric not in ("kurtosis", "length_bias"):
+            assert found.low < found.high, name
+
+
+def test_profile_is_a_function_of_features_and_seed():
+    data = features(80, signal=1.0)
+    first = profile_dataset(data, seed=3, bootstrap=50)
+    assert profile_dataset(data, seed=3, bootstrap=50) == first
+    other = profile_dataset(data, seed=4, bootstrap=50)
+    assert other != first
+    assert other.reference.reference_accuracy.value == first.reference.reference_accuracy.value
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    data = features(60)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = profile_dataset(data, seed=0, bootstrap=20)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert profile_dataset(data, seed=0, bootstrap=20) == first
+
+
+def test_swapping_labels_mirrors_signed_metrics():
+    data = features(150, signal=2.0)
+    mirrored = dataclasses.replace(
+        data,
+        chosen_embedding=data.rejected_embedding,
+        rejected_embedding=data.chosen_embedding,
+        chosen_tokens=data.rejected_tokens,
+        rejected_tokens=data.chosen_tokens,
+        chosen_log_prob=data.rejected_log_prob,
+        rejected_log_prob=data.chosen_log_prob,
+    )
+    one, two = (profile_dataset(d, seed=0, bootstrap=20) for d in (data, mirrored))
+    by_name = estimates(two)
+    for name, found in estimates(one).items():
+        metric = name.split(".")[-1]
+        if metric in ("nag", "length_bias"):
+            assert by_name[name].value == pytest.approx(-found.value, abs=2e-3), name
+        if metric == "reference_accuracy":
+            assert by_name[name].value == pytest.approx(1.0 - found.value), name
+
+
+def test_only_the_sample_is_measured_and_reported():
+    data = features(210, pairs_per_prompt=3)
+    found = profile_dataset(data, seed=0, bootstrap=5, max_pairs=200)
+    assert (found.pairs, found.prompts, found.sampled_pairs) == (210, 70, 198)
+
+
+def test_two_prompts_are_enough():
+    found = profile_dataset(features(2, pairs_per_prompt=1), seed=0, bootstrap=20)
+    assert found.prompts == 2
+
+
+def test_six_hundred_pairs_take_less_than_three_seconds_of_a_core():
+    data = features(600, dim=64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        before = time.process_time()
+        profile_dataset(data, seed=0)
+        assert time.process_time() - before < 3.0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": torch.zeros(10, dtype=torch.int64)}, "at least 2 prompts"),
+        ({"entropy": torch.zeros(9)}, r"entropy has shape \(9,\), expected \(10,\)"),
+        ({"chosen_embedding": torch.zeros(10, 3)}, r"expected \(10, 12\)"),
+        ({"chosen_log_prob": torch.full((10,), float("nan"))}, "chosen_log_prob holds NaN"),
+        ({"token_log_probs": torch.zeros(0)}, "token_log_probs is empty"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str):
+    with pytest.raises(InvalidInput, match=message):
+        dataclasses.replace(features(10), **change)

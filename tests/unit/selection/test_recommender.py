@@ -1,0 +1,250 @@
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import InvalidInput
+from core.profile import DatasetProfile, RankedPair, Recommendation
+from core.spec import BASE_KERNELS, DivergenceName, KernelName
+from selection.recommender import DivergencePrior, recommend
+from tests.unit.selection.samples import profile
+
+SHARE = st.floats(0.0, 1.0)
+
+
+def pair(found: Recommendation, kernel: KernelName, divergence: DivergenceName) -> RankedPair:
+    return next(p for p in found.ranking if (p.kernel, p.divergence) == (kernel, divergence))
+
+
+def divergence_order(found: Recommendation) -> list[str]:
+    return list(dict.fromkeys(entry.divergence for entry in found.ranking))
+
+
+def gap(found: Recommendation, one: DivergenceName, other: DivergenceName) -> float:
+    rbf = KernelName.RBF
+    return pair(found, rbf, one).score.value - pair(found, rbf, other).score.value
+
+
+# ----------------------------------------------------------------- the whole
+
+
+def test_all_pairs_are_ranked_once_by_falling_score():
+    found = recommend(profile())
+    assert {(p.kernel, p.divergence) for p in found.ranking} == {
+        (k, d) for k in KernelName for d in DivergenceName
+    }
+    assert [p.rank for p in found.ranking] == list(range(1, 36))
+    assert all(a.score.value >= b.score.value for a, b in pairwise(found.ranking))
+    assert (found.kernel, found.divergence) == (
+        found.ranking[0].kernel,
+        found.ranking[0].divergence,
+    )
+    assert found.runner_up == found.ranking[1]
+    assert found.margin == found.ranking[0].score.value - found.ranking[1].score.value
+
+
+def test_every_pair_carries_an_objective_of_its_names_evidence_and_one_sentence():
+    for entry in recommend(profile(), beta=0.3).ranking:
+        assert entry.objective.kernel_name == entry.kernel
+        assert entry.objective.divergence_name == entry.divergence
+        assert entry.objective.divergence_term is not None
+        assert entry.objective.divergence_term.mode == entry.mode == "penalty"
+        assert entry.objective.beta == 0.3
+        assert entry.score.low < entry.score.value < entry.score.high
+        assert entry.reason.endswith(".")
+        assert ". " not in entry.reason
+        assert entry.evidence["kpa"] == 0.7
+
+
+def test_goes_through_json_unchanged():
+    found = recommend(profile())
+    assert Recommendation.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_profile_without_a_kernel_is_refused():
+    whole = profile()
+    part = whole.model_copy(update={"kernels": whole.kernels[:-1]})
+    with pytest.raises(InvalidInput, match="hmk"):
+        recommend(part)
+
+
+def test_importing_the_recommender_does_not_import_torch():
+    code = (
+        "import sys, selection.recommender; print(sorted({'torch', 'optuna'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert ran.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------- honesty
+
+
+def test_a_tie_among_kernels_is_called_one():
+    found = recommend(profile())
+    assert not found.separated
+    assert not found.kernels_separated
+    assert found.confidence == pytest.approx(0.5)
+    assert "do not separate" in found.summary
+    assert "Kernels are a tie" in found.summary
+    assert all("a tie among kernels" in entry.reason for entry in found.ranking)
+
+
+def gamma(found: Recommendation) -> float:
+    term = found.ranking[0].objective.kernel_term
+    assert term is not None
+    return term.gamma
+
+
+def test_kernels_at_chance_are_said_to_carry_nothing_and_get_a_small_gamma():
+    nothing = recommend(profile(default_kpa=0.5))
+    assert "No kernel predicts preference better than chance" in nothing.summary
+    assert gamma(nothing) < gamma(recommend(profile(nag=0.0)))
+
+
+def test_gamma_is_largest_where_the_similarity_itself_orders_pairs():
+    assert gamma(recommend(profile(nag=0.0))) < gamma(recommend(profile(nag=0.05)))
+
+
+def test_a_kernel_far_ahead_is_first_and_separated_from_the_others():
+    found = recommend(profile(kpa={KernelName.MAHALANOBIS: 0.95}, default_kpa=0.55))
+    assert found.kernel == KernelName.MAHALANOBIS
+    assert found.kernels_separated
+    assert "Kernels differ: mahalanobis" in found.summary
+
+
+def test_the_mixture_does_not_keep_its_own_member_from_being_separated():
+    best = {KernelName.RBF: 0.9, KernelName.HMK: 0.9}
+    assert recommend(profile(kpa=best, default_kpa=0.6)).kernels_separated
+
+
+def test_the_mixture_loses_a_tie_for_its_price():
+    found = recommend(profile())
+    kernels = list(
+        dict.fromkeys(p.kernel for p in found.ranking if p.divergence == found.divergence)
+    )
+    assert kernels[0] == KernelName.RBF
+    assert kernels[-1] == KernelName.HMK
+
+
+def test_the_difference_of_two_divergences_is_never_called_separated_by_the_prior_alone():
+    found = recommend(profile(kpa={KernelName.RBF: 0.95}, default_kpa=0.5))
+    first, second = found.ranking[:2]
+    assert first.kernel == second.kernel == KernelName.RBF
+    assert not found.separated
+    assert 0.5 < found.confidence < 0.9
+
+
+def test_separation_is_said_once_earlier_runs_settle_the_divergences(monkeypatch):
+    """With a sure prior rank 2 is another kernel with the same divergence, which cancels."""
+    sure = {
+        name: DivergencePrior(9.0 if name is DivergenceName.KL else 0.0, 0.1, True, 0.0, 0.0, 0.0)
+        for name in DivergenceName
+    }
+    monkeypatch.setattr("selection.recommender.DIVERGENCES", sure)
+    far_ahead = profile(kpa={KernelName.RBF: 0.99, KernelName.HMK: 0.2}, default_kpa=0.42)
+    found = recommend(far_ahead)
+    assert found.separated
+    assert found.confidence > 0.975
+    assert found.summary.startswith("The data put rbf × kl above")
+    assert not recommend(profile()).separated
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kpa=st.dictionaries(st.sampled_from(list(KernelName)), SHARE),
+    tat=st.dictionaries(st.sampled_from(list(KernelName)), SHARE),
+    half=st.floats(0.001, 0.2),
+    overlap=SHARE,
+    smoothness=SHARE,
+    kurtosis=st.floats(-3.0, 1e6),
+    drift=st.floats(0.0, 50.0),
+    beta=st.floats(0.001, 10.0),
+)
+def test_what_is_said_follows_from_the_numbers(
+    kpa, tat, half, overlap, smoothness, kurtosis, drift, beta
+):
+    found = recommend(
+        profile(
+            kpa=kpa,
+            tat=tat,
+            half=half,
+            overlap=overlap,
+            smoothness=smoothness,
+            kurtosis=kurtosis,
+            drift=drift,
+        ),
+        beta=beta,
+    )
+    assert 0.5 <= found.confidence <= 1.0
+    assert found.separated == (found.confidence > NormalDist().cdf(1.959963984540054))
+    assert found.separated != ("do not separate" in found.summary)
+    if found.kernels_separated:
+        best = {entry.kernel: entry.kpa for entry in found.profile.kernels}
+        rivals = [name for name in BASE_KERNELS if name != found.kernel]
+        assert best[found.kernel].low > max(0.5, *(best[name].high for name in rivals))
+
+
+# -------------------------------------------------------------- monotonicity
+
+
+@pytest.mark.parametrize("kernel", list(KernelName))
+@pytest.mark.parametrize("metric", ["kpa", "tat"])
+def test_more_signal_never_lowers_a_kernel_among_the_others(kernel: KernelName, metric: str):
+    def lead(value: float) -> float:
+        found = recommend(profile(**{metric: {kernel: value}}))  # type: ignore[arg-type]
+        kl = DivergenceName.KL
+        others = [pair(found, name, kl).score.value for name in KernelName if name is not kernel]
+        return pair(found, kernel, kl).score.value - max(others)
+
+    leads = [lead(value) for value in (0.3, 0.5, 0.7, 0.8, 0.9, 0.99)]
+    assert all(a <= b + 1e-12 for a, b in pairwise(leads))
+    assert leads[0] < leads[-1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "gains", "loses"),
+    [
+        ("smoothness", DivergenceName.WASSERSTEIN, DivergenceName.KL),
+        ("overlap", DivergenceName.KL, DivergenceName.HELLINGER),
+        ("kurtosis", DivergenceName.KL, DivergenceName.HELLINGER),
+        ("drift", DivergenceName.JENSEN_SHANNON, DivergenceName.KL),
+    ],
+)
+def test_each_reference_metric_moves_divergences_as_documented(
+    metric: str, gains: DivergenceName, loses: DivergenceName
+):
+    gaps = [gap(recommend(profile(**{metric: v})), gains, loses) for v in (0.05, 0.4, 0.9)]  # type: ignore[arg-type]
+    assert gaps[0] < gaps[1] < gaps[2]
+
+
+def test_measured_divergences_lead_on_unremarkable_data():
+    order = divergence_order(recommend(profile()))
+    assert order[:2] == [DivergenceName.WASSERSTEIN, DivergenceName.KL]
+
+
+def test_wider_metric_intervals_never_narrow_a_score():
+    def width(whole: DatasetProfile) -> float:
+        score = recommend(whole).ranking[0].score
+        return score.high - score.low
+
+    best = {KernelName.RBF: 0.95}
+    assert width(profile(kpa=best, half=0.06)) > width(profile(kpa=best, half=0.01))
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
+def test_penalty_keeps_its_measured_balance_with_beta(beta: float):
+    term = recommend(profile(), beta=beta).ranking[0].objective.divergence_term
+    assert term is not None
+    assert term.mode == "penalty"
+    assert term.alpha == pytest.approx(6.0 * beta)
