@@ -26,25 +26,32 @@ _Z95 = 1.959963984540054
 class DivergencePrior:
     """What is believed of a divergence penalty before seeing the data.
 
-    `gain` and `sd` in percent of log-loss; the traits, in [0, 1], decide which metric moves it.
+    `gain` and `sd` in percent of log-loss; `basis` says what runs showed; the traits, in [0, 1],
+    decide which metric moves it.
     """
 
     gain: float
     sd: float
-    measured: bool
+    basis: str
     drift_control: float
     saturation: float
     geometry: float
 
 
+_THIRD = "lowered log-loss or kept it, at a third of the drift, in earlier runs"
+_NO_RUNS = "has no runs behind it yet"
 DIVERGENCES: dict[DivergenceName, DivergencePrior] = {
-    DivergenceName.KL: DivergencePrior(1.5, 0.7, True, 0.7, 0.0, 0.0),
-    DivergenceName.JENSEN_SHANNON: DivergencePrior(0.8, 0.8, True, 0.5, 1.0, 0.0),
-    DivergenceName.HELLINGER: DivergencePrior(1.3, 0.8, True, 0.4, 1.0, 0.0),
-    DivergenceName.RENYI: DivergencePrior(1.1, 1.0, False, 0.4, 0.5, 0.0),
-    DivergenceName.BHATTACHARYYA: DivergencePrior(1.1, 1.0, False, 0.4, 0.5, 0.0),
-    DivergenceName.WASSERSTEIN: DivergencePrior(1.8, 0.7, True, 0.7, 0.5, 1.0),
-    DivergenceName.F_DIVERGENCE: DivergencePrior(1.1, 1.0, False, 0.6, 0.0, 0.0),
+    DivergenceName.KL: DivergencePrior(1.5, 0.7, _THIRD, 0.7, 0.0, 0.0),
+    DivergenceName.JENSEN_SHANNON: DivergencePrior(
+        0.8, 0.8, "kept log-loss at half the drift in an earlier run", 0.5, 1.0, 0.0
+    ),
+    DivergenceName.HELLINGER: DivergencePrior(
+        1.3, 0.8, "lowered log-loss at two thirds of the drift in an earlier run", 0.4, 1.0, 0.0
+    ),
+    DivergenceName.RENYI: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
+    DivergenceName.BHATTACHARYYA: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
+    DivergenceName.WASSERSTEIN: DivergencePrior(1.8, 0.7, _THIRD, 0.7, 0.5, 1.0),
+    DivergenceName.F_DIVERGENCE: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.6, 0.0, 0.0),
 }
 # Percent of log-loss that a metric may move a divergence by, at the ends of metric and trait.
 TILT = 0.4
@@ -217,7 +224,7 @@ def _kernel_reason(name: KernelName, metrics: KernelMetrics, *, tie: bool) -> st
         says = f"{name.value} predicts preference (KPA {span}) and puts chosen nearer the prompt"
     else:
         says = f"{name.value} predicts preference (KPA {span}), nearness to the prompt does not"
-    return f"{says}, a tie among kernels" if tie else says
+    return f"{says} (the kernels tie)" if tie else says
 
 
 def _kernels_separated(best: KernelName, metrics: dict[KernelName, KernelMetrics]) -> bool:
@@ -289,10 +296,9 @@ def _divergence_reason(
     prior: DivergencePrior,
     tilts: tuple[tuple[float, tuple[float, float]], ...],
 ) -> str:
-    basis = "helped in our prior runs" if prior.measured else "has no runs behind it yet"
     effects = [trait * need for trait, (need, _) in tilts]
     strongest = max(range(len(effects)), key=lambda index: effects[index])
-    says = f"a {name.value} penalty {basis}"
+    says = f"a {name.value} penalty {prior.basis}"
     if effects[strongest] < 0.1:
         return says
     return f"{says}; {_TILT_WORDS[strongest]}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, RankedPair, Recommendation
 from core.spec import BASE_KERNELS, DivergenceName, KernelName
-from selection.recommender import DivergencePrior, recommend
+from selection.recommender import DIVERGENCES, DivergencePrior, recommend
 from tests.unit.selection.samples import profile
 
 SHARE = st.floats(0.0, 1.0)
@@ -87,6 +87,20 @@ def test_importing_the_recommender_does_not_import_torch():
     assert ran.stdout.strip() == "[]"
 
 
+def test_the_documented_table_of_priors_is_the_one_in_use():
+    text = (Path(__file__).parents[3] / "docs" / "selection.md").read_text(encoding="utf-8")
+    for name, prior in DIVERGENCES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name.value} "))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == f"{prior.gain} ± {prior.sd}"
+        assert (cells[2] == "none") == (prior.basis == "has no runs behind it yet")
+        assert [float(cell) for cell in cells[3:]] == [
+            prior.drift_control,
+            prior.saturation,
+            prior.geometry,
+        ]
+
+
 # ------------------------------------------------------------------- honesty
 
 
@@ -97,7 +111,7 @@ def test_a_tie_among_kernels_is_called_one():
     assert found.confidence == pytest.approx(0.5)
     assert "do not separate" in found.summary
     assert "Kernels are a tie" in found.summary
-    assert all("a tie among kernels" in entry.reason for entry in found.ranking)
+    assert all("the kernels tie" in entry.reason for entry in found.ranking)
 
 
 def gamma(found: Recommendation) -> float:
@@ -148,7 +162,9 @@ def test_the_difference_of_two_divergences_is_never_called_separated_by_the_prio
 def test_separation_is_said_once_earlier_runs_settle_the_divergences(monkeypatch):
     """With a sure prior rank 2 is another kernel with the same divergence, which cancels."""
     sure = {
-        name: DivergencePrior(9.0 if name is DivergenceName.KL else 0.0, 0.1, True, 0.0, 0.0, 0.0)
+        name: DivergencePrior(
+            9.0 if name is DivergenceName.KL else 0.0, 0.1, "is sure", 0.0, 0.0, 0.0
+        )
         for name in DivergenceName
     }
     monkeypatch.setattr("selection.recommender.DIVERGENCES", sure)
