@@ -8,7 +8,7 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 class IdPrefix(StrEnum):
-    """The prefix of every public id (design: SERVICE 6.1)."""
+    """The prefix of every public id."""
 
     OWNER = "own_"
     API_KEY = "key_"

@@ -1,4 +1,4 @@
-"""States of jobs, datasets and trials, and the legal moves between them (design: SERVICE 6.4)."""
+"""States of jobs, datasets and trials, and the legal moves between them."""
 
 from enum import StrEnum
 
@@ -129,7 +129,7 @@ class AttemptOutcome(StrEnum):
 
 
 class EventType(StrEnum):
-    """Types of stored events (design: SERVICE 6.7)."""
+    """Types of stored events."""
 
     JOB_STATUS = "job.status"
     JOB_PHASE = "job.phase"

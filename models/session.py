@@ -29,12 +29,13 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
         parsed, pool_size=pool_size, max_overflow=pool_size, hide_parameters=True,
         connect_args={"timeout": 30.0},
     )  # fmt: skip
-    event.listen(engine, "connect", _sqlite_connect)
-    event.listen(engine, "begin", _sqlite_begin)
+    event.listen(engine, "connect", sqlite_connect)
+    event.listen(engine, "begin", sqlite_begin)
     return engine
 
 
-def _sqlite_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+def sqlite_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Set the pragmas of a new connection; transactions are begun by `sqlite_begin`."""
     if not isinstance(connection, sqlite3.Connection):
         raise TypeError(f"expected sqlite3.Connection, got {type(connection).__name__}")
     connection.isolation_level = None
@@ -47,7 +48,8 @@ def _sqlite_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) ->
         connection.execute(f"PRAGMA {pragma}").close()
 
 
-def _sqlite_begin(connection: Connection) -> None:
+def sqlite_begin(connection: Connection) -> None:
+    """Begin a transaction, taking the write lock at once unless it only reads."""
     # A deferred transaction that reads and then writes fails with BUSY_SNAPSHOT at once.
     read_only = connection.get_execution_options().get("read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

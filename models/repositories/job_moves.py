@@ -109,9 +109,10 @@ class JobMoves:
         """Return a running job to its queue; one that was to be cancelled is cancelled instead."""
         row = self._lock(fence)
         if row.cancel_requested_at is not None:
+            lost = outcome is AttemptOutcome.LOST
             self._end(
-                fence, JobStatus.CANCELLED, outcome, exit_code=exit_code,
-                message="The job was cancelled.",
+                fence, JobStatus.CANCELLED, outcome if lost else AttemptOutcome.CANCELLED,
+                exit_code=exit_code, message="The job was cancelled.",
             )  # fmt: skip
             return JobStatus.CANCELLED
         self._leave(fence, JobStatus.QUEUED, run_after=db_now() + delay_s, **values)

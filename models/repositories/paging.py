@@ -1,4 +1,4 @@
-"""Keyset pages over sortable ids: `after`, `before`, `order`, `limit` (design: SERVICE 6.6)."""
+"""Keyset pages over sortable ids: `after`, `before`, `order`, `limit`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""From a file to numbered lines of bytes, within limits (design: RELIABILITY 4.1).
+"""From a file to numbered lines of bytes, within limits.
 
 The container is told from its first bytes, never from a name. Memory is bounded by one block and
 one line, whatever the file claims or expands to.

@@ -1,4 +1,4 @@
-"""Raw Anthropic-HH transcripts (SERVICE 4.2, number 7)."""
+"""Raw Anthropic-HH transcripts, as published."""
 
 import re
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""The four layouts of TRL (SERVICE 4.2, numbers 1 to 4)."""
+"""The four layouts of TRL."""
 
 import re
 from typing import ClassVar

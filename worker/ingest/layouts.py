@@ -20,7 +20,7 @@ from worker.ingest.rows import JsonObject
 
 
 class Layout(Protocol):
-    """One layout of SERVICE 4.2."""
+    """One layout of preference data."""
 
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]

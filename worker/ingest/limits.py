@@ -1,4 +1,4 @@
-"""Limits of the process that parses what a user sent (design: RELIABILITY 4.1)."""
+"""Limits of the process that parses what a user sent."""
 
 import resource
 import sys

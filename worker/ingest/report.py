@@ -1,4 +1,4 @@
-"""What was found in an upload: counts, errors by code, lint, preview (design: SERVICE 4.4)."""
+"""What was found in an upload: counts, errors by code, lint, preview."""
 
 import math
 from collections import Counter
@@ -230,7 +230,7 @@ def build_report(
     policy: SplitPolicy,
     failure: KdpoError | None,
 ) -> dict[str, object]:
-    """Return the report of SERVICE 4.4 as JSON values; `complete` is false when reading stopped."""
+    """Return the report as JSON values; `complete` is false when reading stopped."""
     found = tally.detection
     return {
         "object": "dataset.report",
