@@ -59,6 +59,7 @@ class JobContext:
         """Say what the job is doing now."""
         with self.transaction() as session:
             JobRepository(session).set_phase(self.fence, phase)
+        self.job.phase = phase
 
     def warn(self, message: str, **data: Any) -> None:
         """Add a warning to the job's events."""

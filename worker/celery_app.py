@@ -1,0 +1,64 @@
+"""Celery as kdpo uses it: it wakes this process for a queue, and nothing else."""
+
+from collections.abc import Callable
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from core.broker import broker_folders, celery_config
+from core.errors import Unavailable
+from core.queue import QueueName, TaskName
+from core.settings import Settings
+from worker.tasks import register_tasks
+
+OnWake = Callable[[QueueName], None]
+
+
+def make_celery(settings: Settings, on_wake: OnWake | None = None) -> Celery:
+    """Return the configured app; without `on_wake` it can send wake-ups and not handle them."""
+    celery = Celery("kdpo", set_as_current=False)
+    celery.conf.update(celery_config(settings))
+    # Nothing here inspects or controls workers, and each control name leaves a file for ever.
+    celery.conf.worker_enable_remote_control = False
+    register_tasks(celery, on_wake or _nobody_home)
+    make_broker_folders(settings)
+    return celery
+
+
+def make_broker_folders(settings: Settings) -> None:
+    """Make the folders of the file broker, readable by this user only."""
+    if settings.broker.url is None:
+        settings.root.mkdir(parents=True, exist_ok=True)
+        for folder in (settings.broker_dir, *broker_folders(settings)):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+class CelerySender:
+    """The WakeSender of workers."""
+
+    def __init__(self, celery: Celery, settings: Settings) -> None:
+        self._celery = celery
+        self._settings = settings
+
+    def wake(self, queue: QueueName) -> None:
+        """Send the hint that a queue may have work.
+
+        Raises:
+            Unavailable: the broker does not answer.
+        """
+        try:
+            make_broker_folders(self._settings)
+            self._celery.send_task(
+                TaskName.WAKE.value, kwargs={"queue": queue.value}, queue=queue.value,
+                retry=False, ignore_result=True,
+            )  # fmt: skip
+        except (OperationalError, OSError) as error:
+            raise Unavailable(
+                f"the broker does not answer ({type(error).__name__})",
+                code="broker_unavailable",
+                hint="check KDPO_BROKER__URL and that the broker runs",
+            ) from error
+
+
+def _nobody_home(queue: QueueName) -> None:
+    raise RuntimeError(f"woken for queue {queue.value}; this process only sends wake-ups")

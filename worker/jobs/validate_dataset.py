@@ -1,0 +1,159 @@
+"""Turns an upload into a dataset, or says why it cannot be one.
+
+An invalid dataset is a job that succeeded: it found out what it was asked to.
+"""
+
+import os
+import shutil
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from core.errors import FailureCode, KdpoError, RunAborted, TooLarge
+from core.lifecycle import DatasetStatus, Phase
+from core.settings import DataLimits
+from core.spec import DatasetPolicy
+from models.dataset import Dataset
+from models.repositories.datasets import DatasetRepository
+from models.repositories.jobs import JobRepository
+from worker.context import JobContext
+from worker.ingest.limits import apply_process_limits
+from worker.ingest.pipeline import IngestResult, ingest
+
+_FOLDER = "dataset"
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What goes into the dataset's row."""
+
+    status: DatasetStatus
+    report: dict[str, Any]
+    counts: dict[str, Any]
+    canonical_sha256: str | None
+    failure: dict[str, Any] | None
+
+
+def run(context: JobContext) -> dict[str, Any]:
+    """Validate the upload of the job's dataset, store what was found, delete the upload.
+
+    Raises:
+        RunAborted: the upload is not there.
+        StorageFull: the disk has no room for the converted rows.
+        CancelRequested: the user cancelled the job.
+        Preempted: the worker is shutting down.
+        LeaseLost: another attempt owns the job.
+    """
+    dataset = _load(context)
+    source = context.settings.upload_dir / dataset.id
+    if dataset.status is DatasetStatus.VALIDATING:
+        finding = _examine(context, dataset, source)
+        _publish(context, dataset.id, finding)
+        dataset = _load(context)
+    # An earlier attempt may have stored its finding and died before this line.
+    source.unlink(missing_ok=True)
+    return {"dataset_id": dataset.id, "status": dataset.status.value, "counts": dataset.counts}
+
+
+def _load(context: JobContext) -> Dataset:
+    with context.database.reading() as session:
+        return DatasetRepository(session).load(str(context.job.dataset_id))
+
+
+def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
+    """Parse in a folder that only this attempt writes to."""
+    if not source.is_file():
+        raise RunAborted(
+            f"the upload of dataset {dataset.id} is not on this server",
+            failure=FailureCode.DATASET_INVALID,
+            hint="upload it again; API and workers must share one data folder",
+        )
+    context.phase(Phase.CONVERTING)
+    limits = context.settings.data
+    _limit_this_process(limits)
+
+    def on_progress(done: int, total: int) -> None:
+        context.progress(unit="bytes", done=done, total=total)
+        context.raise_if_stopped()
+
+    try:
+        result = ingest(
+            source,
+            out_dir=context.attempt_dir / _FOLDER,
+            dataset_id=dataset.id,
+            policy=DatasetPolicy.model_validate(dataset.policy),
+            limits=limits,
+            on_progress=on_progress,
+        )
+    except (MemoryError, TooLarge) as error:
+        return _beyond_limits(error, limits)
+    return _finding_of(result)
+
+
+def _limit_this_process(limits: DataLimits) -> None:
+    def on_cpu_limit(_number: int, _frame: FrameType | None) -> None:
+        raise TooLarge(
+            f"parsing took more than {limits.parser_cpu_s} s of processor time",
+            hint="upload a smaller file, or raise KDPO_DATA__PARSER_CPU_S",
+            param="file",
+        )
+
+    signal.signal(signal.SIGXCPU, on_cpu_limit)
+    apply_process_limits(limits)
+
+
+def _finding_of(result: IngestResult) -> _Finding:
+    return _Finding(
+        status=result.status,
+        report=result.report,
+        counts={
+            "rows": result.num_rows,
+            "rejected": result.num_rejected,
+            "pairs": result.num_pairs,
+            "prompts": result.num_prompts,
+        },
+        canonical_sha256=result.canonical_sha256,
+        failure=None if result.failure is None else _failure(result.failure),
+    )
+
+
+def _beyond_limits(error: MemoryError | TooLarge, limits: DataLimits) -> _Finding:
+    if isinstance(error, MemoryError):
+        error = TooLarge(
+            f"parsing needs more than {limits.parser_memory_bytes} bytes of memory",
+            hint="upload a smaller file, or raise KDPO_DATA__PARSER_MEMORY_BYTES",
+            param="file",
+        )
+    return _Finding(
+        status=DatasetStatus.INVALID, report={}, counts={}, canonical_sha256=None,
+        failure=_failure(error),
+    )  # fmt: skip
+
+
+def _failure(error: KdpoError) -> dict[str, Any]:
+    return {
+        "category": error.category.value,
+        "code": error.code,
+        "message": error.message,
+        "hint": error.hint,
+        "errors": [asdict(detail) for detail in error.errors],
+    }
+
+
+def _publish(context: JobContext, dataset_id: str, finding: _Finding) -> None:
+    """Move the files to their place and store the finding, under the fence.
+
+    The renames happen while the job's row is locked: an attempt that lost its lease cannot pass
+    the guard, so it never replaces the files of the one that owns the job.
+    """
+    made = context.attempt_dir / _FOLDER
+    place = context.settings.artifact_dir / "datasets" / dataset_id
+    place.mkdir(parents=True, exist_ok=True)
+    with context.transaction() as session:
+        JobRepository(session).guard(context.fence)
+        for file in sorted(made.iterdir()) if made.is_dir() else ():
+            os.replace(file, place / file.name)
+        DatasetRepository(session).record_result(dataset_id, **vars(finding))
+    shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""The process of one attempt: its own session, a pipe that kills it when we die, and its log."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from core.logs import scrub
+from models.repositories.jobs import Fence
+from worker.outcome import LOG_NAME, OUTCOME_NAME, Outcome, read_outcome
+
+LOG_TAIL_LINES = 20
+_LOG_TAIL_BYTES = 32 * 1024
+_LOG_TAIL_LINE_CHARACTERS = 1000
+
+
+class RunnerProcess:
+    """A running `worker.runner`; `close` leaves no process of its group behind."""
+
+    def __init__(self, fence: Fence, folder: Path) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: its folder or the process cannot be made.
+        """
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / OUTCOME_NAME).unlink(missing_ok=True)
+        with (folder / LOG_NAME).open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "worker.runner", "--job", fence.job_id),
+                    *("--attempt", str(fence.attempt), "--parent", str(os.getpid())),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is that of its group and session too."""
+        return self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def ask_to_stop(self) -> None:
+        """Ask it to save and leave."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and all that it started, now."""
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End what is left of its group and release the pipe."""
+        self.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def outcome(self) -> Outcome | None:
+        """Return what it left to say, None when it died before."""
+        return read_outcome(self._folder)
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of its log without secrets."""
+        with (self._folder / LOG_NAME).open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
+            # Postgres stores no NUL, neither in text nor in JSON.
+            text = log.read().decode(errors="replace").replace("\0", "")
+        lines = scrub(text).splitlines()[-LOG_TAIL_LINES:]
+        return [line[:_LOG_TAIL_LINE_CHARACTERS] for line in lines]
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The group outlives its leader when the leader left children; macOS answers EPERM for
+        # a group of zombies.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)

@@ -1,0 +1,223 @@
+"""`python -m worker.runner --job … --attempt …`: the process of one attempt.
+
+It dies with its supervisor, works, and leaves `outcome.json`; the supervisor writes the state.
+"""
+
+import argparse
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, assert_never
+
+from core.errors import CancelRequested, Category, FailureCode, KdpoError, LeaseLost, RunAborted
+from core.lifecycle import JobKind
+from core.logs import configure_logging
+from core.settings import Settings
+from models.repositories.jobs import Fence, JobRepository
+from models.session import Database
+from worker.context import JobContext, Preempted
+from worker.jobs import validate_dataset
+from worker.outcome import (
+    Cancelled,
+    ExitCode,
+    Failed,
+    JobFailure,
+    Outcome,
+    Succeeded,
+    write_outcome,
+)
+from worker.outcome import Preempted as PreemptedOutcome
+
+_log = logging.getLogger("kdpo.runner")
+
+_PR_SET_PDEATHSIG = 1
+_POOL_SIZE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> ExitCode:
+    """Run one attempt and return how the process should exit."""
+    arguments = _parse(argv)
+    _die_with(arguments.parent)
+    _offer_to_the_oom_killer()
+    stop = threading.Event()
+    # The job's thread only asks `stop.is_set()`, which takes no lock that the handler could want.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # Ctrl+C reaches the worker, which decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = Settings()
+    configure_logging(settings.log_level)
+    database = Database(settings.database_url, pool_size=_POOL_SIZE)
+    try:
+        return run_attempt(settings, database, Fence(arguments.job, arguments.attempt), stop=stop)
+    except LeaseLost as error:
+        _log.warning("%s; nothing is written", error.message)
+        return ExitCode.LEASE_LOST
+    finally:
+        database.dispose()
+
+
+def run_attempt(
+    settings: Settings, database: Database, fence: Fence, *, stop: threading.Event
+) -> ExitCode:
+    """Do the job and leave its outcome.
+
+    Raises:
+        LeaseLost: the attempt does not own the job (any more).
+    """
+    with database.reading() as session:
+        job = JobRepository(session).load(fence)
+    context = JobContext(settings=settings, database=database, fence=fence, job=job, stop=stop)
+    context.attempt_dir.mkdir(parents=True, exist_ok=True)
+    outcome = _outcome_of(context)
+    write_outcome(context.attempt_dir, outcome)
+    match outcome:
+        case Succeeded():
+            return ExitCode.OK
+        case Failed():
+            return ExitCode.FAILED
+        case Cancelled():
+            return ExitCode.CANCELLED
+        case PreemptedOutcome():
+            return ExitCode.PREEMPTED
+        case _:
+            assert_never(outcome)
+
+
+def _outcome_of(context: JobContext) -> Outcome:
+    try:
+        return Succeeded(result=_dispatch(context))
+    except CancelRequested:
+        return Cancelled()
+    except Preempted:
+        return PreemptedOutcome()
+    except LeaseLost:
+        raise
+    except Exception as error:
+        _log.exception("job %s failed", context.fence.job_id)
+        return Failed(error=_failure(context, error))
+
+
+def _dispatch(context: JobContext) -> dict[str, Any]:
+    """Do the job. Jobs that run models are imported here: a dataset job must not load torch."""
+    match context.job.kind:
+        case JobKind.DATASET:
+            return validate_dataset.run(context)
+        case JobKind.RECOMMENDATION:
+            from worker.jobs import recommend
+
+            return recommend.run(context)
+        case JobKind.TRAINING:
+            from worker.jobs import fine_tune
+
+            return fine_tune.run(context)
+        case JobKind.EXPORT:
+            from worker.jobs import export
+
+            return export.run(context)
+        case _:
+            assert_never(context.job.kind)
+
+
+def _failure(context: JobContext, raised: Exception) -> JobFailure:
+    """Say in public terms what went wrong; the traceback stays in the log."""
+    error = raised if isinstance(raised, KdpoError) else _as_kdpo_error(raised)
+    return JobFailure(
+        code=_code_of(error), message=error.message, hint=error.hint, retryable=error.retryable,
+        phase=context.job.phase, attempt=context.fence.attempt,
+        errors=[asdict(detail) for detail in error.errors],
+    )  # fmt: skip
+
+
+def _as_kdpo_error(error: Exception) -> RunAborted:
+    if is_out_of_memory(error):
+        return RunAborted(
+            "the machine has not enough memory for this job",
+            failure=FailureCode.OUT_OF_MEMORY,
+            hint="lower batch_size or max_length, or take a smaller model",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunAborted(
+            "the disk of the server is full",
+            failure=FailureCode.DISK_FULL,
+            hint="free disk space under the data folder",
+            retryable=True,
+        )
+    return RunAborted(
+        "an error inside kdpo ended the job",
+        failure=FailureCode.INTERNAL,
+        hint="log_tail and the log of the attempt have the details",
+    )
+
+
+def _code_of(error: KdpoError) -> FailureCode:
+    if error.code in {code.value for code in FailureCode}:
+        return FailureCode(error.code)
+    match error.category:
+        case Category.UNAVAILABLE:
+            return FailureCode.DEPENDENCY_ERROR
+        case Category.STORAGE_FULL:
+            return FailureCode.DISK_FULL
+        case _:
+            return FailureCode.INTERNAL
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of a device ran out; torch need not be loaded to know."""
+    if isinstance(error, MemoryError):
+        return True
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(error).__mro__}
+    if names & {"torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"}:
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+# ------------------------------------------------------------------ the process
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="worker.runner", description="Run one attempt at a job.")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--attempt", required=True, type=int)
+    parser.add_argument("--parent", required=True, type=int, help="process id of the supervisor")
+    return parser.parse_args(argv)
+
+
+def _die_with(parent: int) -> None:
+    """End this process when the supervisor does, however that one ends."""
+    threading.Thread(target=_follow_pipe, name="parent", daemon=True).start()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the lines above
+        _kill_group()
+
+
+def _follow_pipe() -> None:
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    _kill_group()
+
+
+def _kill_group() -> None:
+    """End this process and what it started; it leads a session of its own."""
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _offer_to_the_oom_killer() -> None:
+    with suppress(OSError):  # not on this system, or not allowed in this container
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Not sys.exit: a library's thread or teardown must not delay or change how the attempt ended.
+    os._exit(code)

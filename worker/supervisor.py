@@ -1,0 +1,315 @@
+"""Runs the jobs of a queue, each attempt in a process of its own, and writes down how it ended.
+
+The terminal state is written here and never by the job's process (design: RELIABILITY 7.3).
+"""
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+from core.clock import Clock, SystemClock
+from core.errors import FailureCode, LeaseLost, StorageFull, Unavailable
+from core.lifecycle import AttemptOutcome, JobStatus
+from core.queue import QueueName
+from core.settings import Settings
+from models.repositories.jobs import Claim, Fence, JobRepository
+from models.session import Database
+from worker.outcome import Cancelled, Failed, JobFailure, Outcome, Preempted, Succeeded
+from worker.process import RunnerProcess
+
+_log = logging.getLogger("kdpo.supervisor")
+
+_TICK_S = 0.1
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a process ended; `asked` when we wanted it to, by signal."""
+
+    exit_code: int
+    asked: bool
+
+
+class Heartbeat(threading.Thread):
+    """Renews the lease of one attempt; a database that hangs hangs this thread only."""
+
+    def __init__(
+        self, database: Database, fence: Fence, settings: Settings, *, clock: Clock, since: float
+    ) -> None:
+        super().__init__(name=f"heartbeat-{fence.job_id}", daemon=True)
+        self.lost = False
+        self.cancel_requested = False
+        self.last_success = since
+        self._database = database
+        self._fence = fence
+        self._limits = settings.worker
+        self._clock = clock
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        pause_s = self._limits.heartbeat_s
+        while not self._stopped.wait(pause_s):
+            begun = self._clock.monotonic()
+            try:
+                with self._database.transaction() as session:
+                    beat = JobRepository(session).heartbeat(
+                        self._fence, lease_s=self._limits.lease_s
+                    )
+            except LeaseLost:
+                self.lost = True
+                return
+            except Exception as error:
+                # Whatever it is, the attempt ends by self-fencing when it does not pass.
+                _log.warning("heartbeat of job %s failed: %s", self._fence.job_id, error)
+                pause_s = min(self._limits.heartbeat_s, _RETRY_S)
+                continue
+            self.last_success = begun
+            self.cancel_requested = beat.cancel_requested
+            pause_s = self._limits.heartbeat_s
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+class Supervisor:
+    """Claims jobs one after the other; runs in the thread that handles the wake-up."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        *,
+        worker_id: str,
+        clock: Clock | None = None,
+    ) -> None:
+        self._settings = settings
+        self._limits = settings.worker
+        self._database = database
+        self._worker_id = worker_id
+        self._clock = clock or SystemClock()
+        self._draining = False
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether it works on a queue now."""
+        return self._busy
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was told to stop."""
+        return self._draining
+
+    def stop(self) -> None:
+        """Take no further job and preempt the present one; safe to call from a signal handler."""
+        # A plain flag: an Event's lock could be held by the very thread the signal interrupts.
+        self._draining = True
+
+    def drain(self, queue: QueueName) -> None:
+        """Run due jobs of a queue until there is none or the worker stops."""
+        self._busy = True
+        try:
+            while not self._draining:
+                claimed_at = self._clock.monotonic()
+                with self._database.transaction() as session:
+                    claim = JobRepository(session).claim(
+                        queue, worker_id=self._worker_id, lease_s=self._limits.lease_s
+                    )
+                if claim is None:
+                    return
+                self._run(claim, claimed_at)
+        except (Unavailable, StorageFull) as error:
+            _log.warning("queue %s is left for later: %s", queue.value, error.message)
+        finally:
+            self._busy = False
+
+    # ----------------------------------------------------------- one attempt
+
+    def _run(self, claim: Claim, claimed_at: float) -> None:
+        fence = claim.fence
+        folder = self._folder(fence)
+        _log.info("job %s: attempt %d of kind %s", fence.job_id, fence.attempt, claim.kind.value)
+        try:
+            process = RunnerProcess(fence, folder)
+        except OSError as error:
+            failure = _not_started(fence, error)
+            self._store(fence, lambda jobs: self._fail(jobs, fence, failure))
+            return
+        heartbeat = Heartbeat(
+            self._database, fence, self._settings, clock=self._clock, since=claimed_at
+        )
+        heartbeat.start()
+        try:
+            ended = self._watch(fence, process, heartbeat)
+        finally:
+            heartbeat.stop()
+            process.close()
+        if ended is not None:
+            self._report(fence, process, ended)
+
+    def _folder(self, fence: Fence) -> Path:
+        return self._settings.artifact_dir / "jobs" / fence.job_id / f"a{fence.attempt}"
+
+    def _watch(self, fence: Fence, process: RunnerProcess, heartbeat: Heartbeat) -> _Ended | None:
+        """Wait for the process; None when the job is no longer ours to report on."""
+        kill_at: float | None = None
+        while True:
+            exit_code = process.wait(_TICK_S)
+            now = self._clock.monotonic()
+            if exit_code is not None:
+                return _Ended(exit_code, asked=kill_at is not None)
+            if heartbeat.lost:
+                _log.warning("job %s: attempt %d lost its lease", fence.job_id, fence.attempt)
+                return None
+            if now - heartbeat.last_success > self._limits.self_fence_s:
+                _log.error(
+                    "job %s: no heartbeat for %.0f s; attempt %d is killed before its lease ends",
+                    fence.job_id, now - heartbeat.last_success, fence.attempt,
+                )  # fmt: skip
+                return None
+            if kill_at is None:
+                if self._draining or heartbeat.cancel_requested:
+                    process.ask_to_stop()
+                    kill_at = now + self._limits.kill_grace_s
+            elif now > kill_at:
+                process.kill()
+
+    # -------------------------------------------------------- how it ended
+
+    def _report(self, fence: Fence, process: RunnerProcess, ended: _Ended) -> None:
+        outcome, log_tail = process.outcome(), process.log_tail()
+        _log.info(
+            "job %s: attempt %d ended with code %d, %s",
+            fence.job_id, fence.attempt, ended.exit_code,
+            "no outcome" if outcome is None else outcome.status,
+        )  # fmt: skip
+
+        def write(jobs: JobRepository) -> None:
+            if outcome is None:
+                self._write_silent_end(jobs, fence, ended, log_tail)
+            else:
+                self._write_outcome(jobs, fence, outcome, ended.exit_code, log_tail)
+
+        self._store(fence, write)
+
+    def _write_outcome(
+        self,
+        jobs: JobRepository,
+        fence: Fence,
+        outcome: Outcome,
+        exit_code: int,
+        log_tail: list[str],
+    ) -> None:
+        match outcome:
+            case Succeeded(result=result):
+                jobs.finish(
+                    fence, JobStatus.SUCCEEDED, result=result, exit_code=exit_code,
+                    message="The job has succeeded.",
+                )  # fmt: skip
+            case Failed(error=error):
+                complete = error.model_copy(update={"log_tail": log_tail})
+                self._fail(jobs, fence, complete, exit_code=exit_code)
+            case Cancelled():
+                jobs.finish(
+                    fence, JobStatus.CANCELLED, exit_code=exit_code,
+                    message="The job was cancelled.",
+                )  # fmt: skip
+            case Preempted():
+                self._requeue(jobs, fence, exit_code)
+            case _:
+                assert_never(outcome)
+
+    def _write_silent_end(
+        self, jobs: JobRepository, fence: Fence, ended: _Ended, log_tail: list[str]
+    ) -> None:
+        if ended.asked:
+            self._requeue(jobs, fence, ended.exit_code)
+            return
+        jobs.lose(
+            fence,
+            message=f"its process ended with code {ended.exit_code} without an outcome",
+            log_tail=log_tail,
+            max_losses=self._limits.max_losses,
+            backoff_s=self._limits.backoff_s,
+            exit_code=ended.exit_code,
+        )
+
+    def _requeue(self, jobs: JobRepository, fence: Fence, exit_code: int) -> None:
+        jobs.requeue(
+            fence, AttemptOutcome.PREEMPTED, delay_s=0.0, exit_code=exit_code,
+            message=f"Attempt {fence.attempt} made room for a shutdown; the job is queued again.",
+        )  # fmt: skip
+
+    def _fail(
+        self,
+        jobs: JobRepository,
+        fence: Fence,
+        error: JobFailure,
+        *,
+        exit_code: int | None = None,
+    ) -> None:
+        jobs.fail(
+            fence, error.model_dump(mode="json"), max_retries=self._limits.max_retries,
+            backoff_s=self._limits.backoff_s, exit_code=exit_code,
+        )  # fmt: skip
+
+    def _store(self, fence: Fence, write: Callable[[JobRepository], Any]) -> None:
+        """Write the end of an attempt, through outages of the database and unknown COMMITs."""
+        give_up_at: float | None = None
+        while True:
+            try:
+                self._write_or_learn(fence, write)
+                return
+            except (Unavailable, StorageFull) as error:
+                _log.warning("job %s: its end waits: %s", fence.job_id, error.message)
+            except Exception:
+                _log.exception("job %s: its end cannot be stored", fence.job_id)
+                unstorable = _failure(
+                    fence, FailureCode.INTERNAL, "the outcome of the job could not be stored"
+                )
+
+                def write(jobs: JobRepository, error: JobFailure = unstorable) -> None:
+                    self._fail(jobs, fence, error)
+
+            now = self._clock.monotonic()
+            if self._draining and give_up_at is None:
+                give_up_at = now + self._limits.kill_grace_s
+            if give_up_at is not None and now > give_up_at:
+                _log.error("job %s: stopping; its lease will expire", fence.job_id)
+                return
+            self._clock.sleep(_RETRY_S)
+
+    def _write_or_learn(self, fence: Fence, write: Callable[[JobRepository], Any]) -> None:
+        try:
+            with self._database.transaction() as session:
+                write(JobRepository(session))
+        except LeaseLost:
+            # Either an earlier COMMIT of ours took effect although it raised, or another attempt
+            # owns the job and ours does not count. Both are final.
+            with self._database.reading() as session:
+                recorded = JobRepository(session).attempt_outcome(fence)
+            _log.warning(
+                "job %s: attempt %d is already recorded as %s",
+                fence.job_id, fence.attempt, "open" if recorded is None else recorded.value,
+            )  # fmt: skip
+
+
+def _failure(
+    fence: Fence, code: FailureCode, message: str, *, retryable: bool = False
+) -> JobFailure:
+    return JobFailure(
+        code=code, message=message, hint="read the log of the worker", retryable=retryable,
+        phase=None, attempt=fence.attempt, errors=[],
+    )  # fmt: skip
+
+
+def _not_started(fence: Fence, error: OSError) -> JobFailure:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    code = FailureCode.DISK_FULL if full else FailureCode.INTERNAL
+    message = f"the process of the job could not be started: {error.strerror}"
+    return _failure(fence, code, message, retryable=True)
