@@ -1,0 +1,278 @@
+"""How good a policy is on held-out pairs, and whether it beats plain DPO (docs/maths.md)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.profile import Estimate
+from core.results import Comparison, Evaluation
+from core.spec import KlSpec
+from objectives import build_divergence, segment_sum
+from worker.training.batches import collate, micro_batches
+from worker.training.forward import hidden_states, score_tokens
+from worker.training.model import Policy
+from worker.training.reference import FORWARD_PAIRS, FORWARD_TOKENS
+from worker.training.tokenize import TokenizedPair
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ECE_BINS = 15
+BOOTSTRAP = 10_000
+_BISECTIONS = 200
+_CELLS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a policy does on N pairs: log-ratios, token counts and token divergence sums, (N,)."""
+
+    chosen: Floats
+    rejected: Floats
+    chosen_tokens: Floats
+    rejected_tokens: Floats
+    kl_sum: Floats
+    group: Ints
+
+    @property
+    def margins(self) -> Floats:
+        """Margin m = rho(y+) - rho(y-)."""
+        return self.chosen - self.rejected
+
+    @property
+    def normalized_margins(self) -> Floats:
+        """Margin of the log-ratios per token."""
+        return self.chosen / self.chosen_tokens - self.rejected / self.rejected_tokens
+
+    @property
+    def drift(self) -> float:
+        """Mean of KL(policy || reference) over all response tokens, nats."""
+        return float(self.kl_sum.sum() / (self.chosen_tokens + self.rejected_tokens).sum())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is finite."""
+        return bool(np.isfinite(self.margins).all() and np.isfinite(self.kl_sum).all())
+
+
+@dataclass(frozen=True)
+class TrialScore:
+    """Calibrated log-loss of a trial on validation, cross-fitted, with its standard error."""
+
+    log_loss: float
+    standard_error: float
+    accuracy: float
+    drift: float
+    chosen_displacement: float
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy, pairs: Sequence[TokenizedPair], *, progress: Callable[[int, int], None]
+) -> Measured:
+    """Score pairs under the policy and under the reference, token distributions included.
+
+    Both passes see the same batches, so an untrained policy has margins of exactly 0.
+    """
+    kl = build_divergence(KlSpec(), head=None)
+    n = len(pairs)
+    out = np.zeros((3, n))
+    done = 0
+    for group in micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS):
+        batch = collate(pairs, group, pad_id=0, device=policy.device)
+        with policy.as_reference():
+            base = hidden_states(policy, batch, embeddings=False).states
+            reference = score_tokens(policy.head, base, batch.labels)
+        states = hidden_states(policy, batch, embeddings=False).states
+        scores = score_tokens(
+            policy.head, states, batch.labels, reference_states=base, divergence=kl
+        )
+        assert scores.divergence is not None
+        ratios = segment_sum(scores.log_prob - reference.log_prob, batch.row, 2 * batch.pairs)
+        kl_sum = segment_sum(scores.divergence, batch.row % batch.pairs, batch.pairs)
+        columns = torch.stack([ratios[: batch.pairs], ratios[batch.pairs :], kl_sum])
+        out[:, batch.index.cpu().numpy()] = columns.double().cpu().numpy()
+        done += len(group)
+        progress(done, n)
+    groups: dict[str, int] = {}
+    return Measured(
+        chosen=out[0],
+        rejected=out[1],
+        chosen_tokens=np.array([float(len(p.chosen)) for p in pairs]),
+        rejected_tokens=np.array([float(len(p.rejected)) for p in pairs]),
+        kl_sum=out[2],
+        group=np.array([groups.setdefault(p.group_id, len(groups)) for p in pairs]),
+    )
+
+
+def preference_losses(margins: Floats, temperature: float) -> Floats:
+    """Per-pair -log sigma(b m), (N,)."""
+    return np.logaddexp(0.0, -temperature * margins)
+
+
+def fit_temperature(margins: Floats) -> float:
+    """The b >= 0 that minimises mean[-(1-e) log sigma(b m) - e log sigma(-b m)], e = 1/(N+2).
+
+    Convex in b. The smoothing is Platt's (1999): without it margins that all have the right sign
+    would have no finite minimum. Margins that carry nothing give 0, i.e. a loss of ln 2.
+    """
+    spread = float(np.abs(margins).mean()) if margins.size else 0.0
+    if spread == 0.0:
+        return 0.0
+    scaled = margins / spread
+    smoothing = 1.0 / (margins.size + 2)
+
+    def slope(b: float) -> float:
+        right = 0.5 * (1.0 - np.tanh(0.5 * b * scaled))
+        return float(np.mean(scaled * (smoothing - right)))
+
+    if slope(0.0) >= 0.0:
+        return 0.0
+    low, high = 0.0, 1.0
+    while slope(high) < 0.0:
+        low, high = high, 2.0 * high
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if slope(middle) < 0.0 else (low, middle)
+    return 0.5 * (low + high) / spread
+
+
+def accuracy(margins: Floats) -> float:
+    """Share of positive margins; a tie counts one half."""
+    return float(np.mean(_right(margins)))
+
+
+def calibration_error(margins: Floats, temperature: float) -> float:
+    """Expected calibration error of sigma(b |m|) over 15 equal bins of confidence in [1/2, 1]."""
+    confidence = 0.5 * (1.0 + np.tanh(0.5 * temperature * np.abs(margins)))
+    index = np.minimum(((confidence - 0.5) * 2 * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    gap = np.bincount(index, weights=_right(margins) - confidence, minlength=ECE_BINS)
+    return float(np.abs(gap).sum() / margins.size)
+
+
+def trial_score(measured: Measured) -> TrialScore:
+    """Score a trial on validation: temperature fitted on half of the prompts, used on the others.
+
+    The standard error is that of a mean over prompts (clustered). With pairs of one prompt only,
+    both halves are the whole.
+    """
+    margins, group = measured.margins, measured.group
+    fold = group % 2
+    losses = np.zeros_like(margins)
+    for side in (0, 1):
+        fitted_on = margins[fold != side]
+        temperature = fit_temperature(fitted_on if fitted_on.size else margins)
+        losses[fold == side] = preference_losses(margins[fold == side], temperature)
+    return TrialScore(
+        log_loss=float(losses.mean()),
+        standard_error=clustered_standard_error(losses, group),
+        accuracy=accuracy(margins),
+        drift=measured.drift,
+        chosen_displacement=float(measured.chosen.mean()),
+    )
+
+
+def evaluation(test: Measured, *, temperature: float) -> Evaluation:
+    """Quality on test at a temperature that was fitted on validation."""
+    return Evaluation(
+        log_loss=float(preference_losses(test.margins, temperature).mean()),
+        temperature=temperature,
+        accuracy=accuracy(test.margins),
+        accuracy_length_normalized=accuracy(test.normalized_margins),
+        calibration_error=calibration_error(test.margins, temperature),
+        drift=test.drift,
+        chosen_displacement=float(test.chosen.mean()),
+        pairs=int(test.margins.size),
+        prompts=int(np.unique(test.group).size),
+    )
+
+
+def clustered_standard_error(values: Floats, group: Ints) -> float:
+    """Standard error of the mean of values whose clusters (prompts) are independent.
+
+    sqrt(G/(G-1) Σ_g (Σ_{i in g} (v_i - mean))²) / N (Cameron & Miller 2015); 0 for one cluster.
+    """
+    _, index = np.unique(group, return_inverse=True)
+    sums = np.bincount(index, weights=values - values.mean())
+    clusters = sums.size
+    if clusters < 2:
+        return 0.0
+    return float(np.sqrt(clusters / (clusters - 1) * np.square(sums).sum()) / values.size)
+
+
+def bootstrap_mean(
+    values: Floats, group: Ints, *, seed: int, resamples: int = BOOTSTRAP
+) -> Estimate:
+    """Mean with its percentile interval over resamples of whole prompts."""
+    _, index = np.unique(group, return_inverse=True)
+    sums = np.bincount(index, weights=values)
+    counts = np.bincount(index).astype(np.float64)
+    clusters = sums.size
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CELLS // clusters)
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = rng.multinomial(
+            clusters, np.full(clusters, 1.0 / clusters), size=min(rows, resamples - start)
+        ).astype(np.float64)
+        means.append((drawn @ sums) / (drawn @ counts))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Estimate(value=float(values.mean()), low=float(low), high=float(high))
+
+
+def compare(
+    run: Measured,
+    baseline: Measured,
+    *,
+    run_temperature: float,
+    baseline_temperature: float,
+    label: str,
+    seed: int,
+) -> Comparison:
+    """Compare two policies on the same test pairs, run - baseline; log-loss decides the verdict."""
+    losses = preference_losses(run.margins, run_temperature)
+    losses = losses - preference_losses(baseline.margins, baseline_temperature)
+    rights = _right(run.margins) - _right(baseline.margins)
+    log_loss = bootstrap_mean(losses, run.group, seed=seed)
+    drift = run.drift - baseline.drift
+    interval = f"log-loss {log_loss.value:+.4f} [{log_loss.low:+.4f}, {log_loss.high:+.4f}]"
+    pairs = f"on {run.margins.size} test pairs"
+    if log_loss.low <= 0.0 <= log_loss.high:
+        verdict = "no significant difference"
+        sentence = f"There is no significant difference between {label} and plain DPO {pairs}"
+    elif log_loss.high < 0.0:
+        verdict = "better"
+        sentence = f"{label} is better than plain DPO {pairs}"
+    else:
+        verdict = "worse"
+        sentence = f"{label} is worse than plain DPO {pairs}"
+    return Comparison.model_validate(
+        {
+            "log_loss": log_loss,
+            "accuracy": bootstrap_mean(rights, run.group, seed=seed),
+            "drift": drift,
+            "verdict": verdict,
+            "sentence": f"{sentence}: {interval}, drift {drift:+.4f} nats a token.",
+        }
+    )
+
+
+def same_objective() -> Comparison:
+    """The comparison of plain DPO with itself."""
+    zero = Estimate(value=0.0, low=0.0, high=0.0)
+    return Comparison(
+        log_loss=zero,
+        accuracy=zero,
+        drift=0.0,
+        verdict="same objective",
+        sentence="The run is plain DPO, which is its own baseline.",
+    )
+
+
+def _right(margins: Floats) -> Floats:
+    return (margins > 0).astype(np.float64) + 0.5 * (margins == 0)

@@ -1,0 +1,53 @@
+"""A few answers of the base and of the aligned model, side by side."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from core.results import GeneratedSample
+from worker.ingest.canonical import CanonicalRow
+from worker.training.model import Policy
+from worker.training.tokenize import prompt_ids
+
+MAX_NEW_TOKENS = 40
+NUM_SAMPLES = 3
+
+
+def generate_samples(
+    policy: Policy, rows: Sequence[CanonicalRow], *, max_length: int
+) -> tuple[GeneratedSample, ...]:
+    """Answer the prompts of the first rows that differ, greedily, by base and by adapter."""
+    firsts = {row.group_id: row for row in reversed(rows)}
+    picked = [row for row in rows if firsts[row.group_id] is row][:NUM_SAMPLES]
+    samples = []
+    for row in picked:
+        limit = min(max_length, policy.max_positions or max_length)
+        ids = prompt_ids(row.prompt, policy.tokenizer)[-max(1, limit - MAX_NEW_TOKENS) :]
+        with policy.as_reference():
+            base = _answer(policy, ids)
+        samples.append(
+            GeneratedSample(prompt=row.prompt[-1].content, base=base, aligned=_answer(policy, ids))
+        )
+    return tuple(samples)
+
+
+@torch.no_grad()
+def _answer(policy: Policy, ids: list[int]) -> str:
+    tokens = torch.tensor([ids], device=policy.device)
+    tokenizer = policy.tokenizer
+    stops = {tokenizer.eos_token_id, policy.causal.generation_config.eos_token_id}
+    config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=_flat(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answer = policy.model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+    )
+    return str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).strip()
+
+
+def _flat(values: set[int | None]) -> list[int]:
+    return sorted(value for value in values if value is not None)

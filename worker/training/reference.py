@@ -1,0 +1,206 @@
+"""One pass of the frozen reference over pairs, kept on disk under the hash of all it depends on."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from objectives import PairEmbeddings, per_pair_mean
+from selection.features import ReferenceFeatures
+from worker.ingest.files import full_disk_as_error
+from worker.training.batches import collate, micro_batches
+from worker.training.folders import file_sha256, sync_folder
+from worker.training.forward import hidden_states, score_tokens
+from worker.training.model import Policy
+from worker.training.tokenize import TokenizedPair
+
+TOKEN_SAMPLE = 4096
+FORWARD_PAIRS = 8
+FORWARD_TOKENS = 16_384
+_FORMAT = "kdpo-reference-1"
+_TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"})
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ReferenceTable:
+    """What the reference says about N pairs, on the CPU, float32, in the order of the pairs.
+
+    Embeddings (N, H), log-probs (N,) summed over response tokens, `entropy` (N,) mean next-token
+    entropy over response tokens divided by log V, `token_log_probs` (M,) an even sample of tokens.
+    """
+
+    prompt_embedding: Tensor
+    chosen_embedding: Tensor
+    rejected_embedding: Tensor
+    chosen_log_prob: Tensor
+    rejected_log_prob: Tensor
+    entropy: Tensor
+    token_log_probs: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def embeddings(self) -> PairEmbeddings:
+        """Pooled embeddings under the reference."""
+        return PairEmbeddings(self.prompt_embedding, self.chosen_embedding, self.rejected_embedding)
+
+    def features(self, pairs: Sequence[TokenizedPair]) -> ReferenceFeatures:
+        """Return what selection measures.
+
+        Raises:
+            InvalidInput: fewer than two prompts, or numbers that are not finite.
+        """
+        groups: dict[str, int] = {}
+        return ReferenceFeatures(
+            prompt_embedding=self.prompt_embedding,
+            chosen_embedding=self.chosen_embedding,
+            rejected_embedding=self.rejected_embedding,
+            chosen_log_prob=self.chosen_log_prob,
+            rejected_log_prob=self.rejected_log_prob,
+            chosen_tokens=torch.tensor([float(len(p.chosen)) for p in pairs]),
+            rejected_tokens=torch.tensor([float(len(p.rejected)) for p in pairs]),
+            token_log_probs=self.token_log_probs,
+            entropy=self.entropy,
+            group=torch.tensor([groups.setdefault(p.group_id, len(groups)) for p in pairs]),
+        )
+
+
+def model_sha256(folder: Path) -> str:
+    """Hash of a model's weights and configuration, by content."""
+    names = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")
+    return _combined([folder / "config.json", *names])
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Hash of a tokenizer's files, by content."""
+    return _combined(sorted(p for p in folder.iterdir() if p.name in _TOKENIZER_FILES))
+
+
+def tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
+    """Hash of the token ids of pairs, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
+    return digest.hexdigest()
+
+
+def reference_key(*, model: str, tokenizer: str, tokens: str, device: torch.device) -> str:
+    """Name of a reference pass: hashes of weights, tokenizer and token ids, and the precision."""
+    precision = "float32" if device.type == "cpu" else "bfloat16"
+    return hashlib.sha256(
+        f"{_FORMAT} {model} {tokenizer} {tokens} {precision}".encode()
+    ).hexdigest()
+
+
+def reference_table(
+    policy: Policy, pairs: Sequence[TokenizedPair], *, folder: Path, key: str, progress: Progress
+) -> ReferenceTable:
+    """Return the table of `key` from `folder`, computed and saved if it is missing or damaged.
+
+    `progress(pairs done, pairs in all)` may raise to stop.
+
+    Raises:
+        StorageFull: the disk has no room.
+    """
+    path = folder / f"{key}.safetensors"
+    table = _load(path, key=key)
+    if table is None:
+        table = compute_reference(policy, pairs, progress=progress)
+        _save(table, path, key=key)
+    progress(len(pairs), len(pairs))
+    return table
+
+
+@torch.no_grad()
+def compute_reference(
+    policy: Policy, pairs: Sequence[TokenizedPair], *, progress: Progress
+) -> ReferenceTable:
+    """Run the frozen model over all pairs once."""
+    n, width = len(pairs), policy.hidden_size
+    out = {
+        **{f"{name}_embedding": torch.zeros(n, width) for name in ("prompt", "chosen", "rejected")},
+        **{name: torch.zeros(n) for name in ("chosen_log_prob", "rejected_log_prob", "entropy")},
+    }
+    responses = sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    stride = max(1, math.ceil(responses / TOKEN_SAMPLE))
+    sampled: list[Tensor] = []
+    done = 0
+    groups = micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS)
+    with policy.as_reference():
+        for group in groups:
+            batch = collate(pairs, group, pad_id=0, device=policy.device)
+            hidden = hidden_states(policy, batch, embeddings=True)
+            scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
+            assert hidden.embeddings is not None
+            assert scores.entropy is not None
+            chosen, rejected = scores.sequence_log_probs(batch)
+            rows = batch.index.cpu()
+            entropy = per_pair_mean(scores.entropy, batch.row % batch.pairs, batch.pairs)
+            for name, value in (
+                ("prompt_embedding", hidden.embeddings.prompt),
+                ("chosen_embedding", hidden.embeddings.chosen),
+                ("rejected_embedding", hidden.embeddings.rejected),
+                ("chosen_log_prob", chosen),
+                ("rejected_log_prob", rejected),
+                ("entropy", entropy / math.log(policy.head.out_features)),
+            ):
+                out[name][rows] = value.float().cpu()
+            sampled.append(scores.log_prob[::stride].float().cpu())
+            done += len(group)
+            progress(done, n)
+    return ReferenceTable(**out, token_log_probs=torch.cat(sampled)[:TOKEN_SAMPLE].clone())
+
+
+def _combined(files: Sequence[Path]) -> str:
+    lines = [f"{path.name} {file_sha256(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(table: ReferenceTable, path: Path, *, key: str) -> None:
+    tensors = table.tensors()
+    about = {"format": _FORMAT, "key": key, "sha256": _digest(tensors)}
+    # Two workers may compute the same table: each writes its own file, the later rename wins.
+    temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
+    with full_disk_as_error(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, metadata=about)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def _load(path: Path, *, key: str) -> ReferenceTable | None:
+    """Read a table that verifies; None when there is none, or only a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+    expected = {"format": _FORMAT, "key": key, "sha256": _digest(tensors)}
+    return ReferenceTable(**tensors) if about == expected else None

@@ -1,0 +1,191 @@
+"""From canonical rows to token ids, as the model's chat template writes them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from core.errors import FailureCode, RunAborted
+from worker.ingest.canonical import CanonicalRow, Message
+
+# Turns by name and the end token after each answer, for base models that never saw a chat format.
+PLAIN_TEMPLATE = (
+    "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}"
+    "{% if eos_token is defined and eos_token %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_PROMPT_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One pair; `prompt + chosen` is the whole conversation as the template writes it."""
+
+    id: str
+    group_id: str
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    weight: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of its two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """Pairs of one split in file order, and what happened to the others."""
+
+    pairs: tuple[TokenizedPair, ...]
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    dropped_identical: int = 0
+    dropped_empty: int = 0
+
+    def warnings(self) -> list[str]:
+        """Sentences about what was cut or dropped, for the job's events."""
+        told = (
+            (self.truncated_prompts, "prompts were cut at their beginning to fit max_length"),
+            (self.truncated_responses, "answers were cut at their end to fit max_length"),
+            (self.dropped_identical, "pairs were dropped: both answers have the same tokens"),
+            (self.dropped_empty, "pairs were dropped: an answer has no tokens"),
+        )
+        return [f"{count} {what}" for count, what in told if count]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder; one without a chat template gets a plain one.
+
+    Raises:
+        RunAborted: there is no tokenizer that can be read (`model_not_found`).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunAborted(
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}",
+            failure=FailureCode.MODEL_NOT_FOUND,
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize_rows(
+    rows: Iterable[CanonicalRow], *, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> TokenizedSplit:
+    """Tokenise pairs; nothing is longer than `max_length` tokens.
+
+    The prompt ends with the template's generation prompt, a response holds everything after it,
+    the end-of-turn token included. A prompt loses its beginning first (a quarter of `max_length`
+    is left to it), then the response its end. Both responses have the same prompt tokens.
+
+    Raises:
+        RunAborted: the template refuses a conversation (`dataset_invalid`), naming the row.
+    """
+    pairs: list[TokenizedPair] = []
+    counts = dict.fromkeys(("prompts", "responses", "identical", "empty"), 0)
+    for row in rows:
+        prompt, chosen, rejected = _encode(row, tokenizer)
+        if not (prompt and chosen and rejected):
+            counts["empty"] += 1
+            continue
+        longest = max(len(chosen), len(rejected))
+        room = max(max_length - longest, min(len(prompt), max_length // _PROMPT_SHARE))
+        if len(prompt) > room:
+            counts["prompts"] += 1
+            prompt = prompt[-room:]
+        limit = max_length - len(prompt)
+        counts["responses"] += (len(chosen) > limit) + (len(rejected) > limit)
+        chosen, rejected = chosen[:limit], rejected[:limit]
+        if chosen == rejected:
+            counts["identical"] += 1
+            continue
+        pairs.append(
+            TokenizedPair(
+                id=row.id,
+                group_id=row.group_id,
+                prompt=tuple(prompt),
+                chosen=tuple(chosen),
+                rejected=tuple(rejected),
+                weight=row.weight,
+            )
+        )
+    return TokenizedSplit(
+        pairs=tuple(pairs),
+        truncated_prompts=counts["prompts"],
+        truncated_responses=counts["responses"],
+        dropped_identical=counts["identical"],
+        dropped_empty=counts["empty"],
+    )
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt that is to be answered."""
+    return _ids(tokenizer, _render(tokenizer, messages, answer_next=True))
+
+
+def _encode(
+    row: CanonicalRow, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int], list[int]]:
+    try:
+        asked = _render(tokenizer, row.prompt, answer_next=True)
+        answered = [
+            _render(tokenizer, (*row.prompt, *answer), answer_next=False)
+            for answer in (row.chosen, row.rejected)
+        ]
+    except TemplateError as error:
+        raise RunAborted(
+            f"the model's chat template refuses row {row.id} (line {row.line}): "
+            f"{_first_line(error)}",
+            failure=FailureCode.DATASET_INVALID,
+            hint="drop the row, or use a model whose template knows these roles",
+        ) from error
+    prompt = _ids(tokenizer, asked)
+    whole = [_ids(tokenizer, text) for text in answered]
+    shared = min(_shared_prefix(prompt, ids) for ids in whole)
+    if shared == len(prompt):
+        chosen, rejected = (ids[shared:] for ids in whole)
+    elif all(text.startswith(asked) for text in answered):
+        # A token straddles the border: what follows the prompt is encoded on its own, as it is
+        # when the model answers.
+        chosen, rejected = (_ids(tokenizer, text[len(asked) :]) for text in answered)
+    else:
+        # The template opens an answer otherwise than it asks for one (e.g. an empty thought).
+        prompt = prompt[:shared]
+        chosen, rejected = (ids[shared:] for ids in whole)
+    return prompt, chosen, rejected
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool
+) -> str:
+    turns = [{"role": m.role.value, "content": m.content} for m in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+    return str(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _shared_prefix(a: list[int], b: list[int]) -> int:
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
