@@ -28,6 +28,7 @@ _log = logging.getLogger("kdpo.worker")
 
 # After the runner's own grace: time to write down how it ended.
 _EXIT_MARGIN_S = 5.0
+_RESTART_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,19 +106,25 @@ def _serve(
     signals.worker_ready.connect(on_ready, weak=False)
     signals.setup_logging.connect(keep_logging, weak=False)
     names = [queue.value for queue in queues]
-    worker = celery.Worker(
-        hostname=f"kdpo-{'-'.join(names)}@{socket.gethostname()}",
-        pool="solo",
-        concurrency=1,
-        queues=names,
-        loglevel=settings.log_level,
-        quiet=True,
-        without_gossip=True,
-        without_mingle=True,
-        without_heartbeat=True,
-    )
-    worker.start()
-    return worker.exitcode or 0
+    while True:
+        worker = celery.Worker(
+            hostname=f"kdpo-{'-'.join(names)}@{socket.gethostname()}",
+            pool="solo",
+            concurrency=1,
+            queues=names,
+            loglevel=settings.log_level,
+            quiet=True,
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        worker.start()
+        exit_code: int = worker.exitcode or 0
+        if supervisor.draining or exit_code == 0:
+            return exit_code
+        # Celery gives up on some faults of a broker, such as a folder that was deleted.
+        _log.error("the broker's consumer ended with code %d; it starts again", exit_code)
+        time.sleep(_RESTART_S)
 
 
 def _follow_parent(grace_s: float) -> None:

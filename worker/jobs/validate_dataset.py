@@ -72,13 +72,13 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
         )
     context.phase(Phase.CONVERTING)
     limits = context.settings.data
-    _limit_this_process(limits)
 
     def on_progress(done: int, total: int) -> None:
         context.progress(unit="bytes", done=done, total=total)
         context.raise_if_stopped()
 
     try:
+        _limit_this_process(limits)
         result = ingest(
             source,
             out_dir=context.attempt_dir / _FOLDER,
