@@ -33,6 +33,8 @@ from models.repositories.owners import OwnerRepository
 from models.session import Database
 
 GRACEFUL_S = 10
+# A worker stops its runner within `worker.kill_grace_s`; then it writes down how that ended.
+EXIT_MARGIN_S = 10.0
 FAILURE = 1
 
 app = typer.Typer(
@@ -97,7 +99,7 @@ def serve(
             try:
                 _run(settings, listener)
             finally:
-                supervisor.stop(grace_s=settings.worker.kill_grace_s)
+                supervisor.stop(grace_s=settings.worker.kill_grace_s + EXIT_MARGIN_S)
 
 
 @app.command()
@@ -124,7 +126,9 @@ def migrate(data_dir: DataDir = None) -> None:
     """Bring the database to the newest revision."""
     settings = _settings(data_dir=data_dir)
     upgrade(settings.database_url)
-    Console(stderr=True, highlight=False, soft_wrap=True).print("the database is at the newest revision")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        "the database is at the newest revision"
+    )
 
 
 @app.command()
@@ -158,16 +162,19 @@ def list_keys(data_dir: DataDir = None) -> None:
     """List all keys by their first characters."""
     with _database(_settings(data_dir=data_dir)) as database, database.reading() as session:
         rows = OwnerRepository(session).list_keys()
-    table = Table("id", "key", "name", "owner", "scopes", "last used", "expires", "state")
+    table = Table("id", "key", "name", "scopes", "last used", "expires", "state", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for row in rows:
         state = "usable" if row.revoked_at is None else "revoked"
         if state == "usable" and row.expires_at is not None and row.expires_at <= time.time():
             state = "expired"
+        scopes = [Scope.ADMIN.value] if Scope.ADMIN in row.scopes else row.scopes
         table.add_row(
-            row.id, f"{row.prefix}…", row.name, row.owner_id, " ".join(row.scopes),
-            _when(row.last_used_at), _when(row.expires_at), state,
+            row.id, f"{row.prefix}…", row.name, " ".join(scopes), _when(row.last_used_at),
+            _when(row.expires_at), state,
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, width=width).print(table)
 
 
 @keys.command("revoke")
@@ -176,7 +183,7 @@ def revoke_key(key_id: str, data_dir: DataDir = None) -> None:
     with _database(_settings(data_dir=data_dir)) as database, database.transaction() as session:
         if not OwnerRepository(session).revoke_key(key_id):
             raise NotFound(f"no usable key {key_id!r}", hint="`kdpo keys list` shows the ids")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{key_id} is revoked")
+    _say(f"{key_id} is revoked")
 
 
 def _settings(
@@ -304,6 +311,10 @@ def _terminable() -> Iterator[None]:
 
 def _when(seconds: float | None) -> str:
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(" ", "minutes")
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"kdpo: {message}\n")
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:

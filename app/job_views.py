@@ -48,7 +48,8 @@ class JobError(Schema):
     retryable: bool = False
     phase: str | None = None
     attempt: int | None = None
-    log_tail: str | None = None
+    errors: tuple[dict[str, Any], ...] = ()
+    log_tail: tuple[str, ...] = ()
 
 
 class Usage(Schema):

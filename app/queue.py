@@ -64,7 +64,8 @@ class CeleryQueue:
 
     def _make_folders(self) -> None:
         for folder in self._folders:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def relay_now(database: Database, queue: CeleryQueue) -> None:

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from core.errors import InvalidInput, KdpoError, NotPermitted, Unavailable
 from core.modelref import (
@@ -142,22 +143,37 @@ def _download(ref: ModelRef, settings: Settings) -> Path:
 
 
 def _cached(repo_id: str, settings: Settings, *, cause: Exception | None) -> ModelRef:
-    """Return the commit of the snapshot in the local cache."""
-    try:
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                allow_patterns=list(ALLOW_PATTERNS),
-                ignore_patterns=list(IGNORE_PATTERNS),
-                local_files_only=True,
+    """Return the commit of the snapshot in the local cache: that of `main`, else the newest."""
+    problem: Exception | None = cause
+    for revision in (None, *_cached_commits(repo_id)):
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    allow_patterns=list(ALLOW_PATTERNS),
+                    ignore_patterns=list(IGNORE_PATTERNS),
+                    local_files_only=True,
+                )
             )
-        )
-    except HFValidationError as error:
-        raise _refused(repo_id, error, settings) from error
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(repo_id, settings, cause=cause) from error
-    check_model_dir(folder)
-    return ModelRef(name=repo_id, source="hub", repo_id=repo_id, revision=folder.name)
+        except HFValidationError as error:
+            raise _refused(repo_id, error, settings) from error
+        except LocalEntryNotFoundError as error:
+            problem = problem or error
+            continue
+        check_model_dir(folder)
+        return ModelRef(name=repo_id, source="hub", repo_id=repo_id, revision=folder.name)
+    raise _unreachable(repo_id, settings, cause=cause) from problem
+
+
+def _cached_commits(repo_id: str) -> list[str]:
+    """Return the commits in the cache, newest first: a download by commit leaves no `main`."""
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    snapshots = repository / "snapshots"
+    if not snapshots.is_dir():
+        return []
+    folders = sorted(snapshots.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True)
+    return [folder.name for folder in folders]
 
 
 def _unreachable(repo_id: str, settings: Settings, *, cause: Exception | None) -> InvalidInput:

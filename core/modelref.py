@@ -146,7 +146,9 @@ def check_safetensors(file: Path) -> None:
 
 
 def _in_roots(name: str, roots: tuple[Path, ...]) -> Path | None:
-    """Return the folder `name` below one of the roots; links that lead out are not followed."""
+    """Return the folder `name` below one of the roots; `..` and links that lead out are refused."""
+    if ".." in Path(name).parts:
+        return None
     for root in roots:
         folder = _existing_folder(root / name)
         if folder is not None and folder.is_relative_to(Path(os.path.realpath(root))):

@@ -1,0 +1,204 @@
+"""Downloads: whole files and ranges, conditions, hashes, and no way out of the folder."""
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.lifecycle import JobKind
+from models.job import Job
+from tests.integration.api_world import MODEL, World, running_api
+from tests.integration.test_api import check_problem
+
+BIG = bytes(range(256)) * 2500  # more than one chunk
+CONTENTS = {"model.safetensors": BIG, "config.json": b"{}", "sub dir/é.txt": b"x", "empty": b""}
+
+
+@pytest.fixture
+def world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
+    with running_api(sqlite_url, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def checkpoint(world: World) -> str:
+    world.training_job(world.dataset())
+    return world.publish(world.claim(JobKind.TRAINING), CONTENTS)
+
+
+def url_of(checkpoint: str, name: str = "model.safetensors") -> str:
+    return f"/v1/checkpoints/{checkpoint}/files/{name}"
+
+
+def etag_of(data: bytes) -> str:
+    return f'"sha256:{hashlib.sha256(data).hexdigest()}"'
+
+
+def test_manifest_and_every_file(world: World, checkpoint: str) -> None:
+    view = world.get(f"/v1/checkpoints/{checkpoint}").json()
+    assert view["num_files"] == len(CONTENTS)
+    assert view["label"] == "best"
+    files = world.get(f"/v1/checkpoints/{checkpoint}/files").json()["data"]
+    assert {f["path"] for f in files} == set(CONTENTS)
+    for file in files:
+        answer = world.get(file["url"])
+        data = CONTENTS[file["path"]]
+        assert answer.status_code == 200
+        assert answer.content == data
+        assert file["sha256"] == hashlib.sha256(data).hexdigest()
+        assert answer.headers["etag"] == etag_of(data)
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        assert answer.headers["repr-digest"] == f"sha-256=:{digest}:"
+        assert answer.headers["accept-ranges"] == "bytes"
+        assert answer.headers["content-length"] == str(len(data))
+        assert "immutable" in answer.headers["cache-control"]
+        assert answer.headers["content-disposition"].startswith("attachment")
+
+
+def test_head_is_get_without_the_body(world: World, checkpoint: str) -> None:
+    got = world.get(url_of(checkpoint))
+    head = world.client.head(url_of(checkpoint), headers=world.headers())
+    assert head.status_code == 200
+    assert head.content == b""
+    for name in ("etag", "content-length", "repr-digest", "content-type"):
+        assert head.headers[name] == got.headers[name]
+
+
+def test_conditions(world: World, checkpoint: str) -> None:
+    url, etag = url_of(checkpoint), etag_of(BIG)
+    for value in (etag, f'W/"x", {etag}', f"W/{etag}", "*"):
+        same = world.get(url, headers={"If-None-Match": value, "Range": "bytes=0-0"})
+        assert same.status_code == 304, value
+        assert same.content == b""
+    assert world.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
+    part = world.get(url, headers={"Range": "bytes=1-3", "If-Range": etag})
+    assert part.status_code == 206
+    for stale in ('"other"', f"W/{etag}", "Wed, 21 Oct 2015 07:28:00 GMT"):
+        whole = world.get(url, headers={"Range": "bytes=1-3", "If-Range": stale})
+        assert whole.status_code == 200
+        assert whole.content == BIG
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    start=st.none() | st.integers(0, len(BIG) + 5),
+    stop=st.none() | st.integers(0, len(BIG) + 5),
+)
+def test_ranges_are_slices(
+    world: World, checkpoint: str, start: int | None, stop: int | None
+) -> None:
+    asked = f"bytes={'' if start is None else start}-{'' if stop is None else stop}"
+    answer = world.get(url_of(checkpoint), headers={"Range": asked})
+    if start is None:
+        expected = None if stop is None else BIG[max(0, len(BIG) - stop) :]
+    elif stop is not None and stop < start:
+        expected = None
+    else:
+        expected = BIG[start : None if stop is None else stop + 1]
+    if expected is None:
+        assert (answer.status_code, answer.content) == (200, BIG)
+    elif not expected:
+        check_problem(answer, 416, "range_not_satisfiable")
+        assert answer.headers["content-range"] == f"bytes */{len(BIG)}"
+    else:
+        assert (answer.status_code, answer.content) == (206, expected)
+        first = len(BIG) - len(expected) if start is None else start
+        assert answer.headers["content-range"] == (
+            f"bytes {first}-{first + len(expected) - 1}/{len(BIG)}"
+        )
+        assert answer.headers["content-length"] == str(len(expected))
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,3-4", "bytes=a-b", "items=0-1", "bytes=-", "0-1"])
+def test_ranges_of_other_forms_give_the_whole_file(
+    world: World, checkpoint: str, asked: str
+) -> None:
+    answer = world.get(url_of(checkpoint), headers={"Range": asked})
+    assert answer.status_code == 200
+    assert answer.content == BIG
+
+
+def test_empty_file_has_no_range(world: World, checkpoint: str) -> None:
+    for asked in ("bytes=0-0", "bytes=-1"):
+        answer = world.get(url_of(checkpoint, "empty"), headers={"Range": asked})
+        check_problem(answer, 416, "range_not_satisfiable")
+
+
+def test_two_halves_make_the_file(world: World, checkpoint: str) -> None:
+    half = len(BIG) // 2
+    first = world.get(url_of(checkpoint), headers={"Range": f"bytes=0-{half - 1}"})
+    rest = world.get(
+        url_of(checkpoint), headers={"Range": f"bytes={half}-", "If-Range": first.headers["etag"]}
+    )
+    assert first.content + rest.content == BIG
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../kdpo.db",
+        "..%2f..%2f..%2fkdpo.db",
+        "%2e%2e/%2e%2e/kdpo.db",
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "sub dir",
+        "config.json/",
+        "%2e/config.json",
+        "config.json%00",
+        "manifest.json",
+    ],
+)
+def test_only_listed_paths_are_opened(world: World, checkpoint: str, name: str) -> None:
+    answer = world.get(f"/v1/checkpoints/{checkpoint}/files/{name}")
+    assert answer.status_code in (404, 405), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("name", ["config.json", "sub dir/é.txt"])
+def test_links_in_the_folder_are_not_followed(
+    world: World, checkpoint: str, name: str, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret" / Path(name).name
+    secret.parent.mkdir()
+    secret.write_bytes(CONTENTS[name])
+    folder = world.settings.artifact_dir / "checkpoints" / checkpoint
+    target = folder / name
+    target.unlink()
+    if target.parent == folder:
+        target.symlink_to(secret)
+    else:
+        target.parent.rmdir()
+        target.parent.symlink_to(secret.parent)
+    check_problem(world.get(url_of(checkpoint, name)), 404, "not_found")
+
+
+def test_changed_and_lost_files_are_not_sent(world: World, checkpoint: str) -> None:
+    folder = world.settings.artifact_dir / "checkpoints" / checkpoint
+    (folder / "config.json").write_bytes(b"{}{}")
+    check_problem(world.get(url_of(checkpoint, "config.json")), 500, "checkpoint_corrupt")
+    (folder / "config.json").unlink()
+    check_problem(world.get(url_of(checkpoint, "config.json")), 404, "not_found")
+    os.mkfifo(folder / "config.json")
+    check_problem(world.get(url_of(checkpoint, "config.json")), 500, "checkpoint_corrupt")
+
+
+def test_export_is_a_job(world: World, checkpoint: str) -> None:
+    answer = world.post(f"/v1/checkpoints/{checkpoint}/export", json={"merge": True})
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert job["kind"] == "export"
+    assert job["model"] == MODEL
+    with world.database.reading() as session:
+        spec = session.get_one(Job, job["id"]).spec
+    assert spec == {"checkpoint_id": checkpoint, "merge": True}
+    for body in ({"merge": False}, {"merge": True, "push": "x"}):
+        wrong = world.post(f"/v1/checkpoints/{checkpoint}/export", json=body)
+        check_problem(wrong, 422, "invalid_input")

@@ -1,0 +1,327 @@
+"""Recommendations, fine-tuning jobs, events, metrics and studies over HTTP."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.lifecycle import JobKind, JobStatus, Phase
+from core.methods import KernelDpoMethod
+from core.modelref import ModelRef
+from models.job import Job
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
+from tests.integration.api_world import (
+    MODEL,
+    MODEL_DIR,
+    World,
+    recommendation,
+    running_api,
+    training_result,
+)
+from tests.integration.test_api import check_problem
+
+
+@pytest.fixture
+def world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
+    with running_api(sqlite_url, tmp_path) as made:
+        yield made
+
+
+def recommend(world: World) -> None:
+    fence = world.claim(JobKind.RECOMMENDATION)
+    with world.database.transaction() as session:
+        job = session.get_one(Job, fence.job_id)
+        ExperimentRepository(session).save_recommendation(
+            fence,
+            owner_id=job.owner_id,
+            dataset_id=str(job.dataset_id),
+            model=str(job.model),
+            result=recommendation().model_dump(mode="json"),
+        )
+    world.finish(fence, result={"summary": "rbf"})
+
+
+# ---------------------------------------------------------- recommendations
+
+
+def test_recommendation_from_queue_to_answer(world: World) -> None:
+    dataset = world.dataset()
+    body = {"model": MODEL, "dataset_id": dataset, "seed": 7, "metadata": {"team": "a"}}
+    answer = world.post("/v1/recommendations", json=body)
+    assert answer.status_code == 202
+    queued = answer.json()
+    url = answer.headers["location"]
+    assert url == f"/v1/recommendations/{queued['id']}"
+    assert queued["id"].startswith("rec_")
+    assert queued["status"] == "queued"
+    assert queued["recommendation"] is None
+    assert queued["queue"]["position"] == 1
+    assert queued["metadata"] == {"team": "a"}
+    etag = world.get(url).headers["etag"]
+    assert world.get(url, headers={"If-None-Match": etag}).status_code == 304
+    recommend(world)
+    done = world.get(url, headers={"If-None-Match": etag})
+    assert done.status_code == 200
+    view = done.json()
+    assert view["status"] == "succeeded"
+    assert view["provisional"] is False
+    assert view["recommendation"]["kernel"] == "rbf"
+    assert view["recommendation"]["runner_up"]["kernel"] == "polynomial"
+    assert [pair["rank"] for pair in view["ranking"]] == [1, 2]
+    assert view["evidence"]["pairs"] == 30
+    assert [r["id"] for r in world.get("/v1/recommendations").json()["data"]] == [view["id"]]
+
+
+def test_recommendation_with_wait(world: World) -> None:
+    dataset = world.dataset()
+    worker = world.soon(lambda: recommend(world), JobKind.RECOMMENDATION)
+    answer = world.post(
+        "/v1/recommendations",
+        json={"model": MODEL, "dataset_id": dataset},
+        headers={"Prefer": "wait=20"},
+    )
+    worker.join()
+    assert answer.status_code == 200
+    assert answer.headers["preference-applied"] == "wait=20"
+    assert answer.json()["recommendation"]["confidence"] == 0.8
+
+
+def test_recommendation_is_provisional_while_its_job_runs(world: World) -> None:
+    dataset = world.dataset()
+    made = world.post("/v1/recommendations", json={"model": MODEL, "dataset_id": dataset}).json()
+    fence = world.claim(JobKind.RECOMMENDATION)
+    with world.database.transaction() as session:
+        job = session.get_one(Job, fence.job_id)
+        ExperimentRepository(session).save_recommendation(
+            fence, owner_id=job.owner_id, dataset_id=dataset, model=MODEL,
+            result=recommendation().model_dump(mode="json"),
+        )  # fmt: skip
+    assert world.get(f"/v1/recommendations/{made['id']}").json()["provisional"] is True
+    error = {"code": "out_of_memory", "message": "no room", "retryable": False, "attempt": 1}
+    world.finish(fence, JobStatus.FAILED, error=error)
+    failed = world.get(f"/v1/recommendations/{made['id']}").json()
+    assert failed["status"] == "failed"
+    assert failed["error"]["code"] == "out_of_memory"
+
+
+# --------------------------------------------------------------- fine-tuning
+
+
+def test_job_object_has_all_members(world: World) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset, seed=7, suffix="v1", metadata={"a": "b"})
+    assert job["id"].startswith("ftjob-")
+    expected = {
+        "id", "object", "kind", "status", "phase", "attempt", "attention", "created_at",
+        "queued_at", "started_at", "finished_at", "estimated_finish", "heartbeat_at", "version",
+        "progress", "queue", "steps", "model", "training_file", "dataset_id", "validation_file",
+        "seed", "method", "resumable", "resume_blocked_reason", "cancel_requested",
+        "parent_job_id", "estimate", "usage", "fine_tuned_model", "result_files", "metadata",
+        "hyperparameters", "error",
+    }  # fmt: skip
+    assert expected <= set(job)
+    assert job["object"] == "fine_tuning.job"
+    assert job["kind"] == "training"
+    assert job["status"] == "queued"
+    assert job["method"]["type"] == "auto"
+    assert job["method"]["auto"]["search"]["max_trials"] == 12
+    assert job["suffix"] == "v1"
+    assert job["queue"] == {"position": 1, "ahead": 0, "estimated_start": None}
+    assert job["result"] is None
+    second = world.training_job(dataset)
+    assert second["queue"]["ahead"] == 1
+
+
+def test_worker_gets_pinned_models(world: World) -> None:
+    dataset = world.dataset()
+    method = {
+        "type": "kernel_dpo",
+        "kernel_dpo": {"kernel": "rbf", "embedding": "encoder", "encoder": MODEL},
+    }
+    job = world.training_job(dataset, method=method)
+    with world.database.reading() as session:
+        row = session.get_one(Job, job["id"])
+    assert set(row.spec) == {"model", "method", "encoder"}
+    for name in ("model", "encoder"):
+        ref = ModelRef.model_validate(row.spec[name])
+        assert ref.path == MODEL_DIR / MODEL
+        assert ref.source == "local"
+    assert KernelDpoMethod.model_validate(row.spec["method"]).kernel_dpo.encoder == MODEL
+    assert row.model == MODEL
+
+
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [
+        ("nothing", "model_not_found"),
+        ("../models/tiny-lm", "model_not_found"),
+        ("/etc", "model_not_found"),
+        ("org/name", "model_unreachable"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/recommendations"])
+def test_models_that_cannot_be_used(world: World, path: str, model: str, code: str) -> None:
+    dataset = world.dataset()
+    answer = world.post(path, json={"model": model, "dataset_id": dataset})
+    problem = check_problem(answer, 422, code)
+    assert problem["error"]["param"] == "model"
+    assert problem["hint"]
+    assert world.get("/v1/jobs?status=queued").json()["data"] == []
+
+
+def test_encoder_is_checked_too(world: World) -> None:
+    dataset = world.dataset()
+    method = {
+        "type": "kernel_dpo",
+        "kernel_dpo": {"kernel": "rbf", "embedding": "encoder", "encoder": "nothing"},
+    }
+    answer = world.post(
+        "/v1/fine_tuning/jobs", json={"model": MODEL, "dataset_id": dataset, "method": method}
+    )
+    check_problem(answer, 422, "model_not_found")
+
+
+def test_finished_job_has_its_evidence(world: World) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset)["id"]
+    made = world.train(job)
+    view = world.get(f"/v1/fine_tuning/jobs/{job}").json()
+    assert view["status"] == "succeeded"
+    assert view["fine_tuned_model"] == made["checkpoint"]
+    assert view["study_id"] == made["study"]
+    assert view["recommendation_id"] == made["recommendation"]
+    assert view["usage"]["gpu_seconds"] == 4.0
+    expected = training_result(made["checkpoint"]).model_dump(mode="json")
+    assert view["result"] == expected
+    steps = {step["name"]: step for step in view["steps"]}
+    assert list(steps) == ["recommend", "search", "train"]
+    assert steps["search"]["status"] == "succeeded"
+    assert steps["search"]["study_id"] == made["study"]
+    found = world.get(f"/v1/recommendations/{made['recommendation']}").json()
+    assert found["status"] == "succeeded"
+    assert found["job_id"] == job
+    assert found["recommendation"]["kernel"] == "rbf"
+    same = world.get(f"/v1/jobs/{job}").json()
+    assert same["object"] == "job"
+    assert same["result"] == expected
+    checkpoints = world.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"]
+    assert [c["id"] for c in checkpoints] == [made["checkpoint"]]
+    assert checkpoints[0]["object"] == "fine_tuning.job.checkpoint"
+    assert checkpoints[0]["fine_tuning_job_id"] == job
+
+
+def test_running_job_shows_progress(world: World) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset)["id"]
+    url = f"/v1/fine_tuning/jobs/{job}"
+    etag = world.get(url).headers["etag"]
+    fence = world.claim(JobKind.TRAINING)
+    progress = {
+        "fraction": 0.5, "unit": "step", "done": 5, "total": 10, "rate": 1.0, "eta_seconds": 5.0,
+        "eta_low": 4.5, "eta_high": 6.0, "basis": "measured",
+    }  # fmt: skip
+    with world.database.transaction() as session:
+        JobRepository(session).set_phase(fence, Phase.TRAINING)
+        JobRepository(session).set_progress(fence, progress)
+    answer = world.get(url, headers={"If-None-Match": etag})
+    assert answer.status_code == 200
+    view = answer.json()
+    assert view["progress"] == progress
+    assert view["phase"] == "training"
+    assert view["attempt"] == 1
+    assert view["estimated_finish"] >= view["started_at"]
+    assert view["queue"]["position"] is None
+
+
+# ------------------------------------------------------------ cancel, events
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/fine_tuning/jobs"])
+def test_cancel(world: World, path: str) -> None:
+    dataset = world.dataset()
+    first, second = world.training_job(dataset)["id"], world.training_job(dataset)["id"]
+    world.claim(JobKind.TRAINING)
+    running = world.post(f"{path}/{first}/cancel")
+    assert running.status_code in (200, 202)
+    assert running.json()["status"] == "running"
+    assert running.json()["cancel_requested"] is True
+    queued = world.post(f"{path}/{second}/cancel")
+    assert queued.json()["status"] == "cancelled"
+    again = world.post(f"{path}/{second}/cancel")
+    assert again.status_code == queued.status_code
+    assert again.json()["status"] == "cancelled"
+
+
+def test_cancel_after_the_end_is_a_conflict(world: World) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset)["id"]
+    world.train(job)
+    answer = world.post(f"/v1/fine_tuning/jobs/{job}/cancel")
+    check_problem(answer, 409, "job_not_cancellable")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/fine_tuning/jobs"])
+def test_events_from_any_cursor_in_both_orders(world: World, path: str) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset)["id"]
+    world.train(job)
+    url = f"{path}/{job}/events"
+    events: list[dict[str, Any]] = world.get(f"{url}?limit=100").json()["data"]
+    assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
+    assert events[0]["type"] == "job.status"
+    assert events[0]["object"] == "fine_tuning.job.event"
+    assert events[-1]["type"] == "done"
+    by_seq = world.get(f"{url}?after=3&limit=2").json()
+    assert [e["seq"] for e in by_seq["data"]] == [4, 5]
+    assert by_seq["has_more"] is True
+    by_id = world.get(f"{url}?after={events[2]['id']}&limit=2").json()
+    assert by_id == by_seq
+    newest = world.get(f"{url}?order=desc&limit=2").json()["data"]
+    assert [e["seq"] for e in newest] == [len(events), len(events) - 1]
+    older = world.get(f"{url}?order=desc&after={newest[-1]['id']}&limit=1").json()["data"]
+    assert older[0]["seq"] == len(events) - 2
+    check_problem(world.get(f"{url}?after=x"), 422, "invalid_input")
+    check_problem(world.get(f"{url}?after=evt_unknown"), 404, "not_found")
+
+
+def test_metrics(world: World) -> None:
+    dataset = world.dataset()
+    job = world.training_job(dataset)["id"]
+    world.train(job)
+    for path in ("/v1/jobs", "/v1/fine_tuning/jobs"):
+        series = world.get(f"{path}/{job}/metrics?scope=train").json()
+        assert [(p["step"], p["values"]["loss"]) for p in series["data"]] == [(1, 0.7), (2, 0.35)]
+        assert world.get(f"{path}/{job}/metrics?scope=baseline").json()["data"] == []
+
+
+def test_kinds_do_not_mix(world: World) -> None:
+    dataset = world.dataset()
+    validation = world.get(f"/v1/datasets/{dataset}").json()["job_id"]
+    assert world.get(f"/v1/jobs/{validation}").json()["kind"] == "dataset"
+    for tail in ("", "/events", "/checkpoints", "/metrics"):
+        check_problem(world.get(f"/v1/fine_tuning/jobs/{validation}{tail}"), 404, "not_found")
+    check_problem(world.post(f"/v1/fine_tuning/jobs/{validation}/cancel"), 404, "not_found")
+    check_problem(world.get(f"/v1/recommendations/{validation}"), 404, "not_found")
+
+
+# ------------------------------------------------------------------- studies
+
+
+def test_study_and_trials(world: World) -> None:
+    dataset = world.dataset()
+    made = world.train(world.training_job(dataset)["id"])
+    study = world.get(f"/v1/studies/{made['study']}").json()
+    assert study["object"] == "study"
+    assert study["trials"]["complete"] == 2
+    assert study["best_trial"]["number"] == 1
+    assert study["gpu_seconds"] == 4.0
+    url = f"/v1/studies/{made['study']}/trials"
+    numbers = [t["number"] for t in world.get(f"{url}?order=asc").json()["data"]]
+    assert numbers == [0, 1]
+    page = world.get(f"{url}?order=asc&limit=1").json()
+    assert page["has_more"] is True
+    rest = world.get(f"{url}?order=asc&limit=1&after={page['last_id']}").json()
+    assert [t["number"] for t in rest["data"]] == [1]
