@@ -1,6 +1,6 @@
 """How good a policy is on held-out pairs, and whether it beats plain DPO (docs/maths.md)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +60,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class TrialScore:
-    """Calibrated log-loss of a trial on validation, cross-fitted, with its standard error."""
+    """Calibrated log-loss of a trial on validation, cross-fitted; `losses` (N,) are the pairs'."""
 
+    losses: Floats
     log_loss: float
     standard_error: float
     accuracy: float
@@ -97,15 +98,20 @@ def measure(
         out[:, batch.index.cpu().numpy()] = columns.double().cpu().numpy()
         done += len(group)
         progress(done, n)
-    groups: dict[str, int] = {}
     return Measured(
         chosen=out[0],
         rejected=out[1],
         chosen_tokens=np.array([float(len(p.chosen)) for p in pairs]),
         rejected_tokens=np.array([float(len(p.rejected)) for p in pairs]),
         kl_sum=out[2],
-        group=np.array([groups.setdefault(p.group_id, len(groups)) for p in pairs]),
+        group=pair_groups(pairs),
     )
+
+
+def pair_groups(pairs: Sequence[TokenizedPair]) -> Ints:
+    """Number of each pair's prompt, in order of first appearance, (N,)."""
+    groups: dict[str, int] = {}
+    return np.array([groups.setdefault(p.group_id, len(groups)) for p in pairs])
 
 
 def preference_losses(margins: Floats, temperature: float) -> Floats:
@@ -169,6 +175,7 @@ def trial_score(measured: Measured) -> TrialScore:
         temperature = fit_temperature(fitted_on if fitted_on.size else margins)
         losses[fold == side] = preference_losses(margins[fold == side], temperature)
     return TrialScore(
+        losses=losses,
         log_loss=float(losses.mean()),
         standard_error=clustered_standard_error(losses, group),
         accuracy=accuracy(margins),
@@ -203,6 +210,20 @@ def clustered_standard_error(values: Floats, group: Ints) -> float:
     if clusters < 2:
         return 0.0
     return float(np.sqrt(clusters / (clusters - 1) * np.square(sums).sum()) / values.size)
+
+
+def typical_paired_error(losses: Mapping[int, Floats], *, best: int, group: Ints) -> float | None:
+    """Median over the other trials of the standard error of the mean of (their loss - the best's).
+
+    Paired by validation pair: how hard a pair is cancels, what remains is what separates trials.
+    None when there is no other trial.
+    """
+    errors = [
+        clustered_standard_error(other - losses[best], group)
+        for number, other in losses.items()
+        if number != best
+    ]
+    return float(np.median(errors)) if errors else None
 
 
 def bootstrap_mean(

@@ -27,12 +27,20 @@ class SealedFolder:
     sha256: str
     size_bytes: int
     manifest: dict[str, Any]
+    manifest_name: str
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """Name, bytes and sha256 of each file, the manifest excluded."""
+        """Path, bytes and sha256 of each file, the manifest excluded."""
         files: list[dict[str, Any]] = self.manifest["files"]
         return files
+
+    @property
+    def all_files(self) -> list[dict[str, Any]]:
+        """The same with the manifest itself."""
+        size = (self.path / self.manifest_name).stat().st_size
+        manifest = {"path": self.manifest_name, "bytes": size, "sha256": self.sha256}
+        return [*self.files, manifest]
 
 
 def file_sha256(path: Path) -> str:
@@ -90,6 +98,7 @@ def seal_folder(
         sha256=file_sha256(final / manifest_name),
         size_bytes=sum(path.stat().st_size for path in _files(final)),
         manifest=manifest,
+        manifest_name=manifest_name,
     )
 
 
@@ -103,7 +112,7 @@ def open_sealed(path: Path, *, manifest_name: str, sha256: str | None = None) ->
     try:
         content = manifest_path.read_bytes()
         manifest = orjson.loads(content)
-        expected = {entry["name"]: (entry["bytes"], entry["sha256"]) for entry in manifest["files"]}
+        expected = {entry["path"]: (entry["bytes"], entry["sha256"]) for entry in manifest["files"]}
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise FolderDamaged(f"{path} has no readable {manifest_name}: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
@@ -121,6 +130,7 @@ def open_sealed(path: Path, *, manifest_name: str, sha256: str | None = None) ->
         sha256=digest,
         size_bytes=len(content) + sum(size for size, _ in expected.values()),
         manifest=manifest,
+        manifest_name=manifest_name,
     )
 
 
@@ -142,7 +152,7 @@ def _flushed(path: Path, root: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {
-        "name": str(path.relative_to(root)),
+        "path": str(path.relative_to(root)),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
     }

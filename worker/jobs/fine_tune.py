@@ -1,0 +1,378 @@
+"""Fine-tunes a model: metrics and search where asked for, the run, its baseline, the evidence.
+
+Every step's result is kept; an attempt that follows a lost one begins at the first unfinished step
+and, inside it, at the last resume point.
+"""
+
+from typing import Any, assert_never
+
+from pydantic import TypeAdapter
+
+from core.ids import IdPrefix, new_id
+from core.lifecycle import Phase
+from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
+from core.modelref import ModelRef
+from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
+from core.spec import CandidateSpec, ObjectiveSpec, SearchSpec, SpecModel, TrainSpec
+from models.repositories.jobs import JobRepository
+from worker.context import JobContext
+from worker.ingest.canonical import Split
+from worker.jobs.flags import raise_flags
+from worker.jobs.publish import publish_folder
+from worker.jobs.recommend import make_recommendation, stored_recommendation
+from worker.jobs.scopes import Span
+from worker.jobs.search_trials import Choice, search
+from worker.jobs.workbench import (
+    RunRequest,
+    Workbench,
+    abort_unless_complete,
+    open_workbench,
+)
+from worker.training.evaluate import compare, evaluation, fit_temperature, same_objective
+from worker.training.export import CardFacts, export_adapter, versions
+from worker.training.generate import generate_samples
+
+_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+_AUTO_STEPS = {
+    "recommend": Span(0.0, 0.08),
+    "search": Span(0.08, 0.6),
+    "train": Span(0.6, 0.75),
+    "baseline": Span(0.75, 0.88),
+    "evaluate": Span(0.88, 0.96),
+    "save": Span(0.96, 1.0),
+}
+_NAMED_STEPS = {
+    "train": Span(0.0, 0.45),
+    "baseline": Span(0.45, 0.88),
+    "evaluate": Span(0.88, 0.96),
+    "save": Span(0.96, 1.0),
+}
+
+
+class _Plan(SpecModel):
+    """What is to be trained, and against what."""
+
+    winner: CandidateSpec
+    baseline: CandidateSpec
+
+    @property
+    def has_own_baseline(self) -> bool:
+        """Whether plain DPO has to be trained besides the winner."""
+        return not self.winner.objective.is_plain_dpo
+
+    def request(self, scope: str) -> RunRequest:
+        """The full-length run of a scope."""
+        candidate = self.winner if scope == "train" else self.baseline
+        return RunRequest(
+            scope=scope, objective=candidate.objective, learning_rate=candidate.learning_rate
+        )
+
+
+class _Trained(SpecModel):
+    """The result of the steps `train` and `baseline`."""
+
+    steps: int
+    pairs_seen: int
+    seconds: float
+    mixture_weights: dict[str, float] | None
+
+
+class _Evidence(SpecModel):
+    """The result of the step `evaluate`; ids are drawn here, so that `save` can be repeated."""
+
+    run: Evaluation
+    baseline: Evaluation
+    comparison: Comparison
+    attention: tuple[str, ...]
+    checkpoint_id: str
+    baseline_checkpoint_id: str
+
+
+def run(context: JobContext) -> dict[str, Any]:
+    """Do one fine-tuning job and return its `TrainingResult` as JSON.
+
+    Raises:
+        RunAborted: model or data cannot be used, the final run diverged, no trial was usable.
+        StorageFull: the disk has no room.
+        CancelRequested, Preempted: the attempt was asked to stop; a resume point was saved.
+        LeaseLost: another attempt owns the job.
+    """
+    method = _METHOD.validate_python(context.job.spec["method"])
+    spans = _AUTO_STEPS if isinstance(method, AutoMethod) else _NAMED_STEPS
+    context.plan(list(spans))
+    encoder = context.job.spec.get("encoder")
+    bench = open_workbench(
+        context,
+        spec=_train_spec(method),
+        splits=(Split.TRAIN, Split.VALIDATION, Split.TEST),
+        encoder=None if encoder is None else ModelRef.model_validate(encoder),
+    )
+    if context.step_result(next(iter(spans))) is None:
+        for warning in bench.warnings:
+            context.warn(warning)
+    return _FineTune(bench, method, spans).run()
+
+
+def _train_spec(method: Method) -> TrainSpec:
+    match method:
+        case AutoMethod():
+            return method.auto.hyperparameters.train_spec()
+        case DpoMethod():
+            return method.dpo.hyperparameters.train_spec()
+        case KernelDpoMethod():
+            return method.kernel_dpo.hyperparameters.train_spec()
+        case _:
+            assert_never(method)
+
+
+class _FineTune:
+    """The steps of one job on one workbench."""
+
+    def __init__(self, bench: Workbench, method: Method, spans: dict[str, Span]) -> None:
+        self._bench = bench
+        self._context = bench.context
+        self._method = method
+        self._spans = spans
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left of the job."""
+        recommendation_id: str | None = None
+        summary: SearchSummary | None = None
+        match self._method:
+            case AutoMethod():
+                recommendation_id, choice = self._search(self._method.auto.search)
+                plan, summary = (
+                    _Plan(winner=choice.winner, baseline=choice.baseline),
+                    choice.summary,
+                )
+            case DpoMethod():
+                plan = self._named(self._method.dpo.objective())
+            case KernelDpoMethod():
+                plan = self._named(self._method.kernel_dpo.objective())
+            case _:
+                assert_never(self._method)
+        self._context.phase(Phase.TRAINING)
+        trained = self._train(plan, "train")
+        baseline = self._train_baseline(plan)
+        evidence = self._evaluate(plan)
+        return self._save(
+            plan, trained, baseline, evidence, recommendation_id=recommendation_id, search=summary
+        )
+
+    def _named(self, objective: ObjectiveSpec) -> _Plan:
+        rate = self._bench.learning_rate
+        plain = ObjectiveSpec(beta=objective.beta, label_smoothing=objective.label_smoothing)
+        return _Plan(
+            winner=CandidateSpec(objective=objective, learning_rate=rate),
+            baseline=CandidateSpec(objective=plain, learning_rate=rate),
+        )
+
+    def _search(self, spec: SearchSpec) -> tuple[str, Choice]:
+        context = self._context
+        recommended = context.step_result("recommend")
+        if recommended is None:
+            with context.step("recommend") as recommended:
+                recommendation_id, recommendation = make_recommendation(
+                    self._bench, span=self._spans["recommend"]
+                )
+                recommended["recommendation_id"] = recommendation_id
+        else:
+            recommendation = stored_recommendation(context)
+        found = context.step_result("search")
+        if found is None:
+            with context.step("search") as found:
+                choice = search(self._bench, spec, recommendation, span=self._spans["search"])
+                found |= choice.model_dump(mode="json")
+        return str(recommended["recommendation_id"]), Choice.model_validate(found)
+
+    def _train(self, plan: _Plan, scope: str) -> _Trained:
+        context = self._context
+        done = context.step_result(scope)
+        if done is not None:
+            return _Trained.model_validate(done)
+        with context.step(scope) as result:
+            outcome = self._bench.train(plan.request(scope), span=self._spans[scope])
+            abort_unless_complete(outcome, scope=scope)
+            trained = _Trained(
+                steps=outcome.steps,
+                pairs_seen=outcome.pairs_seen,
+                seconds=outcome.seconds,
+                mixture_weights=outcome.mixture_weights,
+            )
+            with context.transaction() as session:
+                JobRepository(session).add_gpu_seconds(context.fence, outcome.seconds)
+            result |= trained.model_dump(mode="json")
+        return trained
+
+    def _train_baseline(self, plan: _Plan) -> _Trained | None:
+        """Train plain DPO; None when the run itself is plain DPO."""
+        if plan.has_own_baseline:
+            return self._train(plan, "baseline")
+        if self._context.step_result("baseline") is None:
+            with self._context.step("baseline") as result:
+                result["same_as"] = "train"
+        return None
+
+    def _restore(self, plan: _Plan, scope: str) -> None:
+        """Put a trained run's weights back; trains again what a damaged disk has lost."""
+        outcome = self._bench.train(plan.request(scope), span=self._spans["evaluate"])
+        abort_unless_complete(outcome, scope=scope)
+
+    def _evaluate(self, plan: _Plan) -> _Evidence:
+        context, bench = self._context, self._bench
+        done = context.step_result("evaluate")
+        if done is not None:
+            return _Evidence.model_validate(done)
+        context.phase(Phase.EVALUATING)
+        span = self._spans["evaluate"]
+        with context.step("evaluate") as result:
+            measured = {}
+            scopes = ("train", "baseline") if plan.has_own_baseline else ("train",)
+            for number, scope in enumerate(scopes):
+                self._restore(plan, scope)
+                part = span.part(number, len(scopes))
+                temperature = fit_temperature(
+                    bench.measure(Split.VALIDATION, span=part.part(0, 2)).margins
+                )
+                measured[scope] = (bench.measure(Split.TEST, span=part.part(1, 2)), temperature)
+            run, run_temperature = measured["train"]
+            base, base_temperature = measured[scopes[-1]]
+            ours = evaluation(run, temperature=run_temperature)
+            comparison = same_objective()
+            if plan.has_own_baseline:
+                comparison = compare(
+                    run,
+                    base,
+                    run_temperature=run_temperature,
+                    baseline_temperature=base_temperature,
+                    label=plan.winner.objective.label,
+                    seed=bench.seed,
+                )
+            checkpoint_id = new_id(IdPrefix.CHECKPOINT)
+            evidence = _Evidence(
+                run=ours,
+                baseline=evaluation(base, temperature=base_temperature),
+                comparison=comparison,
+                attention=raise_flags(
+                    context,
+                    chosen_displacement=ours.chosen_displacement,
+                    mean_margin=float(abs(run.margins).mean()),
+                ),
+                checkpoint_id=checkpoint_id,
+                baseline_checkpoint_id=new_id(IdPrefix.CHECKPOINT)
+                if plan.has_own_baseline
+                else checkpoint_id,
+            )
+            result |= evidence.model_dump(mode="json")
+        return evidence
+
+    def _save(
+        self,
+        plan: _Plan,
+        trained: _Trained,
+        baseline: _Trained | None,
+        evidence: _Evidence,
+        *,
+        recommendation_id: str | None,
+        search: SearchSummary | None,
+    ) -> dict[str, Any]:
+        context, bench = self._context, self._bench
+        done = context.step_result("save")
+        if done is not None:
+            return done
+        context.phase(Phase.SAVING)
+        with context.step("save") as saved:
+            if baseline is not None:
+                self._publish(plan, "baseline", baseline, evidence, recommendation_id)
+            self._publish(plan, "train", trained, evidence, recommendation_id)
+            samples = generate_samples(
+                bench.policy, bench.rows[Split.TEST], max_length=bench.max_length
+            )
+            ours = _summary(plan.winner, trained, evidence.run, evidence.checkpoint_id)
+            result = TrainingResult(
+                recommendation_id=recommendation_id,
+                search=search,
+                run=ours,
+                baseline=ours
+                if baseline is None
+                else _summary(
+                    plan.baseline, baseline, evidence.baseline, evidence.baseline_checkpoint_id
+                ),
+                comparison=evidence.comparison,
+                samples=samples,
+                attention=evidence.attention,
+                bundle=self._bundle(),
+            )
+            saved |= result.model_dump(mode="json")
+        return dict(saved)
+
+    def _publish(
+        self,
+        plan: _Plan,
+        scope: str,
+        trained: _Trained,
+        evidence: _Evidence,
+        recommendation_id: str | None,
+    ) -> None:
+        """Export a run's adapter and make it visible; doing it again changes nothing."""
+        context, bench = self._context, self._bench
+        self._restore(plan, scope)
+        is_final = scope == "train"
+        label = "final" if is_final else "baseline"
+        candidate = plan.winner if is_final else plan.baseline
+        measured = evidence.run if is_final else evidence.baseline
+        sealed = export_adapter(
+            bench.policy,
+            context.attempt_dir / "checkpoints" / label,
+            token=f"{context.fence.attempt}-{label}",
+            facts=CardFacts(
+                label=label,
+                base=bench.model,
+                objective=candidate.objective,
+                training={**bench.plan(plan.request(scope)).as_dict(), "lora": self._lora()},
+                dataset_sha256=str(bench.dataset.canonical_sha256),
+                seed=bench.seed,
+                evaluation=measured,
+                comparison=evidence.comparison if is_final else same_objective(),
+                recommendation=recommendation_id,
+                mixture_weights=trained.mixture_weights,
+            ),
+        )
+        publish_folder(
+            context,
+            sealed,
+            checkpoint_id=evidence.checkpoint_id if is_final else evidence.baseline_checkpoint_id,
+            kind="adapter",
+            label=label,
+            step=trained.steps,
+            metrics=measured.model_dump(mode="json"),
+        )
+
+    def _lora(self) -> dict[str, Any]:
+        return self._bench.spec.lora.model_dump(mode="json")
+
+    def _bundle(self) -> dict[str, str]:
+        bench = self._bench
+        return {
+            "seed": str(bench.seed),
+            "threads": str(bench.threads),
+            "device": bench.policy.device.type,
+            "reference": bench.reference_key,
+            **bench.hashes,
+            **{f"version.{name}": number for name, number in versions().items()},
+        }
+
+
+def _summary(
+    candidate: CandidateSpec, trained: _Trained, measured: Evaluation, checkpoint_id: str
+) -> RunSummary:
+    return RunSummary(
+        objective=candidate.objective,
+        learning_rate=candidate.learning_rate,
+        steps=trained.steps,
+        pairs_seen=trained.pairs_seen,
+        seconds=trained.seconds,
+        checkpoint_id=checkpoint_id,
+        evaluation=measured,
+        mixture_weights=trained.mixture_weights,
+    )

@@ -1,0 +1,314 @@
+"""What every job with a model works on: the resident model, the tokenised splits, the reference."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from core.errors import FailureCode, RunAborted
+from core.hub import fetch
+from core.lifecycle import EndedBy, Phase
+from core.modelref import ModelRef
+from core.spec import MixtureKernelSpec, ObjectiveSpec, TrainSpec
+from models.dataset import Dataset
+from models.repositories.datasets import DatasetRepository
+from objectives import Geometry, PairEmbeddings, build_objective, fit_geometry
+from worker.context import JobContext
+from worker.ingest.canonical import CanonicalRow, Split, read_canonical
+from worker.ingest.pipeline import CANONICAL_NAME
+from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
+from worker.training.checkpoint import Identity
+from worker.training.encoder import encode_rows
+from worker.training.evaluate import Measured, measure
+from worker.training.export import versions
+from worker.training.folders import file_sha256
+from worker.training.loop import RunOutcome, TrainingData, train
+from worker.training.model import Policy, load_policy
+from worker.training.reference import (
+    ReferenceTable,
+    model_sha256,
+    reference_key,
+    reference_table,
+    tokenizer_sha256,
+    tokens_sha256,
+)
+from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
+from worker.training.tokenize import TokenizedPair, tokenize_rows
+
+NOWHERE = Span(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One training run: what is optimised, for how long, under which name."""
+
+    scope: str
+    objective: ObjectiveSpec
+    learning_rate: float
+    n_epochs: float | None = None
+    schedule: Literal["linear", "constant"] | None = None
+
+
+class Workbench:
+    """One model and one dataset, loaded once per attempt; trials and runs share them."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        *,
+        policy: Policy,
+        model: ModelRef,
+        folder: Path,
+        dataset: Dataset,
+        spec: TrainSpec,
+        encoder: ModelRef | None,
+        threads: int,
+    ) -> None:
+        self.context = context
+        self.policy = policy
+        self.model = model
+        self.dataset = dataset
+        self.spec = spec
+        self.seed = context.job.seed
+        self.threads = threads
+        self._folder = folder
+        self._encoder = encoder
+        self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
+        self.rows: dict[Split, list[CanonicalRow]] = {}
+        self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
+        self.warnings: list[str] = []
+        self._table: ReferenceTable | None = None
+        self._encodings: PairEmbeddings | None = None
+        self._geometries: dict[str, Geometry] = {}
+
+    def load_split(self, split: Split) -> None:
+        """Read and tokenise a split.
+
+        Raises:
+            RunAborted: nothing of it is left (`dataset_invalid`).
+        """
+        path = canonical_path(self.context, self.dataset)
+        tokenized = tokenize_rows(
+            read_canonical(path, split), tokenizer=self.policy.tokenizer, max_length=self.max_length
+        )
+        if not tokenized.pairs:
+            raise RunAborted(
+                f"the {split.value} split has no pair that this model can use",
+                failure=FailureCode.DATASET_INVALID,
+                hint="; ".join(tokenized.warnings()) or "upload more data",
+            )
+        kept = {pair.id for pair in tokenized.pairs}
+        self.rows[split] = [row for row in read_canonical(path, split) if row.id in kept]
+        self.pairs[split] = tokenized.pairs
+        self.warnings += [f"{split.value}: {sentence}" for sentence in tokenized.warnings()]
+
+    def reference(self, span: Span = NOWHERE) -> ReferenceTable:
+        """What the reference says about the training split, computed once per data and model."""
+        if self._table is None:
+            self._table = reference_table(
+                self.policy,
+                self.pairs[Split.TRAIN],
+                folder=self.context.settings.artifact_dir / "reference",
+                key=self.reference_key,
+                progress=Reporter(self.context, "pairs", span),
+            )
+        return self._table
+
+    def plan(self, request: RunRequest) -> TrainPlan:
+        """Resolve a run's length and rates."""
+        return resolve_plan(
+            self.spec,
+            num_pairs=len(self.pairs[Split.TRAIN]),
+            hidden_size=self.policy.hidden_size,
+            seed=self.seed,
+            learning_rate=request.learning_rate,
+            n_epochs=request.n_epochs,
+            schedule=request.schedule,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that the job asks for, `auto` resolved."""
+        return resolve_plan(
+            self.spec, num_pairs=len(self.pairs[Split.TRAIN]),
+            hidden_size=self.policy.hidden_size, seed=self.seed,
+        ).learning_rate  # fmt: skip
+
+    def store(self, request: RunRequest) -> ScopeStore:
+        """Where the run keeps its resume points."""
+        return ScopeStore(self.context, scope=request.scope, identity=self._identity(request))
+
+    def train(self, request: RunRequest, *, span: Span) -> RunOutcome:
+        """Train, or go on with, or just restore a run; the policy is left with its weights."""
+        table = self.reference(span)
+        frozen, geometry = self._kernel_inputs(request.objective, span)
+        objective = build_objective(
+            request.objective, geometry=geometry, head=self.policy.head.weight
+        )
+        return train(
+            self.policy,
+            objective,
+            TrainingData(
+                pairs=self.pairs[Split.TRAIN],
+                chosen_log_prob=table.chosen_log_prob,
+                rejected_log_prob=table.rejected_log_prob,
+                frozen_embeddings=frozen,
+            ),
+            plan=self.plan(request),
+            weights_learning_rate=_weights_learning_rate(request.objective),
+            hooks=ScopeHooks(self.context, request.scope, span),
+            store=self.store(request),
+        )
+
+    def measure(self, split: Split, *, span: Span) -> Measured:
+        """Measure the policy as it is on a split."""
+        reporter = Reporter(self.context, "pairs", span)
+        return measure(self.policy, self.pairs[split], progress=reporter)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of everything that is read."""
+        return {
+            "dataset_sha256": str(self.dataset.canonical_sha256),
+            "model_sha256": model_sha256(self._folder),
+            "tokenizer_sha256": tokenizer_sha256(self._folder),
+            "tokens_sha256": tokens_sha256(self.pairs[Split.TRAIN]),
+        }
+
+    @cached_property
+    def reference_key(self) -> str:
+        """Name of the reference pass over the training split."""
+        return reference_key(
+            model=self.hashes["model_sha256"],
+            tokenizer=self.hashes["tokenizer_sha256"],
+            tokens=self.hashes["tokens_sha256"],
+            device=self.policy.device,
+        )
+
+    def _identity(self, request: RunRequest) -> Identity:
+        """Everything that must be the same for a run to go on exactly."""
+        return {
+            **self.hashes,
+            "reference": self.reference_key,
+            "objective": request.objective.model_dump_json(),
+            **{f"plan.{name}": value for name, value in self.plan(request).as_dict().items()},
+            "lora": self.spec.lora.model_dump_json(),
+            "encoder": None if self._encoder is None else self._encoder.model_dump_json(),
+            "threads": self.threads,
+            "device": self.policy.device.type,
+            **{f"version.{name}": number for name, number in versions().items()},
+        }
+
+    def _kernel_inputs(
+        self, objective: ObjectiveSpec, span: Span
+    ) -> tuple[PairEmbeddings | None, Geometry | None]:
+        """Frozen embeddings where the kernel sees those, and the frame fitted on what it sees."""
+        term = objective.kernel_term
+        if term is None:
+            return None, None
+        embeddings = self.reference().embeddings
+        source = "reference"
+        if term.embedding == "encoder" and self._encoder is not None:
+            source = "encoder"
+            embeddings = self._encoded(self._encoder, span)
+        if source not in self._geometries:
+            self._geometries[source] = fit_geometry(embeddings, seed=self.seed)
+        return (embeddings if term.embedding == "encoder" else None), self._geometries[source]
+
+    def _encoded(self, encoder: ModelRef, span: Span) -> PairEmbeddings:
+        if self._encodings is None:
+            self._encodings = encode_rows(
+                fetch(encoder, self.context.settings),
+                self.rows[Split.TRAIN],
+                device=self.policy.device,
+                progress=Reporter(self.context, "texts", span),
+            )
+        return self._encodings
+
+
+def _weights_learning_rate(objective: ObjectiveSpec) -> float:
+    term = objective.kernel_term
+    if term is None or not isinstance(term.kernel, MixtureKernelSpec):
+        return 0.0
+    return term.kernel.weights_learning_rate
+
+
+def canonical_path(context: JobContext, dataset: Dataset) -> Path:
+    """Where ingest has put the dataset's canonical rows."""
+    return context.settings.artifact_dir / "datasets" / dataset.id / CANONICAL_NAME
+
+
+def open_workbench(
+    context: JobContext,
+    *,
+    spec: TrainSpec,
+    splits: tuple[Split, ...],
+    encoder: ModelRef | None = None,
+) -> Workbench:
+    """Fetch and load the model, check and tokenise the data.
+
+    Raises:
+        RunAborted: model or data cannot be used.
+        InvalidInput: the model's folder is gone or not usable.
+        Unavailable: the hub does not answer.
+    """
+    threads = apply_threads(context.settings.training)
+    model = ModelRef.model_validate(context.job.spec["model"])
+    with context.database.reading() as session:
+        dataset = DatasetRepository(session).load(str(context.job.dataset_id))
+    _check_canonical(canonical_path(context, dataset), dataset)
+    if model.source == "hub" or (encoder is not None and encoder.source == "hub"):
+        context.phase(Phase.DOWNLOADING_MODEL)
+    folder = fetch(model, context.settings)
+    context.raise_if_stopped()
+    policy = load_policy(folder, lora=spec.lora, device=resolve_device(context.settings.training))
+    bench = Workbench(
+        context,
+        policy=policy,
+        model=model,
+        folder=folder,
+        dataset=dataset,
+        spec=spec,
+        encoder=encoder,
+        threads=threads,
+    )
+    for split in splits:
+        bench.load_split(split)
+    return bench
+
+
+def abort_unless_complete(outcome: RunOutcome, *, scope: str) -> None:
+    """Raise what ended a run that a job cannot do without.
+
+    Raises:
+        RunAborted: the run met NaN or ran out of memory.
+    """
+    if outcome.ended_by is EndedBy.OOM:
+        raise RunAborted(
+            f"run `{scope}`: {outcome.message}",
+            failure=FailureCode.OUT_OF_MEMORY,
+            hint="lower batch_size or max_length, or take a smaller model",
+        )
+    if outcome.ended_by is not EndedBy.BUDGET:
+        raise RunAborted(
+            f"run `{scope}`: {outcome.message}",
+            failure=FailureCode.LOSS_NAN,
+            hint="lower the learning rate, or look at the pairs that are named",
+        )
+
+
+def _check_canonical(path: Path, dataset: Dataset) -> None:
+    if not path.is_file():
+        raise RunAborted(
+            f"the rows of dataset {dataset.id} are not on this server",
+            failure=FailureCode.DATASET_INVALID,
+            hint="upload it again; API and workers must share one data folder",
+        )
+    found = file_sha256(path)
+    if found != dataset.canonical_sha256:
+        raise RunAborted(
+            f"the rows of dataset {dataset.id} have sha256 {found}, expected "
+            f"{dataset.canonical_sha256}",
+            failure=FailureCode.DATASET_INVALID,
+            hint="the file was changed after validation; upload the data again",
+        )
