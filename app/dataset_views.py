@@ -9,7 +9,6 @@ from core.errors import Category, ErrorDetail
 from core.lifecycle import DatasetStatus
 from core.spec import DatasetPolicy
 from models.dataset import Dataset
-from models.job import Job
 
 MAX_ERRORS = 100
 
@@ -78,8 +77,8 @@ class RowView(Schema):
     row: dict[str, Any]
 
 
-def dataset_view(dataset: Dataset, job: Job) -> DatasetView:
-    """Return the view of a dataset; `job` is the one that validates it."""
+def dataset_view(dataset: Dataset) -> DatasetView:
+    """Return the view of a dataset."""
     return DatasetView(
         id=dataset.id,
         name=dataset.name,
@@ -91,7 +90,7 @@ def dataset_view(dataset: Dataset, job: Job) -> DatasetView:
         canonical_sha256=dataset.canonical_sha256,
         policy=DatasetPolicy.model_validate(dataset.policy),
         counts=dataset.counts,
-        error=failure_of(dataset, job),
+        error=failure_of(dataset),
         job_id=dataset.job_id,
         report_url=report_url(dataset.id),
     )
@@ -113,12 +112,8 @@ def report_view(dataset: Dataset) -> ReportView:
     return ReportView.model_validate(stored)
 
 
-def failure_of(dataset: Dataset, job: Job) -> Failure | None:
-    """Return why the dataset cannot be used: its own fault, or that of its validation."""
+def failure_of(dataset: Dataset) -> Failure | None:
+    """Return why the dataset cannot be used, if it cannot."""
     if dataset.failure is not None:
         return Failure.model_validate(dataset.failure)
-    if dataset.status is DatasetStatus.VALIDATING and job.error is not None:
-        return Failure.model_validate({"category": Category.RUN_ABORTED, **job.error})
-    if dataset.status is DatasetStatus.INVALID:
-        return Failure()
-    return None
+    return Failure() if dataset.status is DatasetStatus.INVALID else None

@@ -28,8 +28,6 @@ from core.errors import Conflict, InvalidInput, UnsupportedMedia
 from core.ids import IdPrefix, new_id
 from core.lifecycle import DatasetStatus, JobKind
 from core.spec import DatasetPolicy
-from models.dataset import Dataset
-from models.job import Job
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import ID_OF_KIND, JobRepository
 from models.session import Database
@@ -194,19 +192,13 @@ def _refuse_container(path: FilePath) -> None:
             )
 
 
-def _load(database: Database, owner_id: str, dataset_id: str) -> tuple[Dataset, Job]:
-    with database.reading() as session:
-        dataset = DatasetRepository(session).get(owner_id, dataset_id)
-        return dataset, JobRepository(session).get(owner_id, dataset.job_id)
-
-
 def _read(database: Database, owner_id: str, dataset_id: str) -> DatasetView:
-    return dataset_view(*_load(database, owner_id, dataset_id))
+    with database.reading() as session:
+        return dataset_view(DatasetRepository(session).get(owner_id, dataset_id))
 
 
 def _is_settled(database: Database, owner_id: str, dataset_id: str) -> bool:
-    dataset, job = _load(database, owner_id, dataset_id)
-    return dataset.status is not DatasetStatus.VALIDATING or job.status.is_terminal
+    return _read(database, owner_id, dataset_id).status is not DatasetStatus.VALIDATING
 
 
 def _answer(request: Request, view: DatasetView, headers: Mapping[str, str]) -> Response:
@@ -237,8 +229,7 @@ def list_datasets(caller: ReadsDatasets, database: Db, query: PageOf) -> ListOf[
     """List datasets, newest first."""
     with database.reading() as session:
         page = DatasetRepository(session).page(caller.owner_id, query)
-        jobs = JobRepository(session)
-        views = [dataset_view(row, jobs.get(caller.owner_id, row.job_id)) for row in page.rows]
+        views = [dataset_view(row) for row in page.rows]
     return list_of(views, [view.id for view in views], has_more=page.has_more)
 
 

@@ -217,15 +217,20 @@ def job_error(error: dict[str, Any] | None) -> JobError | None:
     return None if error is None else JobError.model_validate(error)
 
 
-def progress_view(progress: dict[str, Any] | None) -> Progress | None:
-    """Return the view of stored progress."""
-    return None if progress is None else Progress.model_validate(progress)
+def progress_view(job: Job) -> Progress | None:
+    """Return the view of a job's progress; a job that has succeeded is done."""
+    if job.progress is None:
+        return None
+    progress = Progress.model_validate(job.progress)
+    if job.status is JobStatus.SUCCEEDED:
+        return progress.model_copy(update={"fraction": 1.0, "eta_seconds": 0.0})
+    return progress
 
 
 def _common(session: Session, job: Job) -> dict[str, Any]:
     """Return the members that every kind of job has."""
     ahead = JobRepository(session).queue_position(job)
-    progress = progress_view(job.progress)
+    progress = progress_view(job)
     finish = None
     if job.status is JobStatus.RUNNING and progress is not None and progress.eta_seconds:
         finish = unix((job.heartbeat_at or job.created_at) + progress.eta_seconds)

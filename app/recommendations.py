@@ -195,7 +195,7 @@ def _view(session: Session, job: Job, row: RecommendationRow | None) -> Recommen
         created_at=int(job.created_at if row is None or not on_the_way else row.created_at),
         started_at=unix(job.started_at),
         finished_at=unix(row.created_at if row is not None and on_the_way else job.finished_at),
-        progress=None if on_the_way else progress_view(job.progress),
+        progress=None if on_the_way else progress_view(job),
         queue=QueuePlace(position=None if ahead is None else ahead + 1, ahead=ahead or 0),
         recommendation=None if found is None else _answer(found),
         ranking=[] if found is None else list(found.ranking),

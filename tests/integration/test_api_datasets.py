@@ -102,6 +102,14 @@ def test_validation_that_dies_does_not_leave_the_client_waiting(world: World) ->
     assert check_problem(answer, 500, "internal")["detail"] == "the parser died"
 
 
+def test_cancelled_validation_is_said(world: World) -> None:
+    made = world.upload().json()
+    assert world.post(f"/v1/jobs/{made['job_id']}/cancel").json()["status"] == "cancelled"
+    view = world.get(f"/v1/datasets/{made['id']}").json()
+    assert view["status"] == "invalid"
+    assert view["error"]["code"] == "cancelled"
+
+
 @pytest.mark.parametrize(
     ("data", "status", "code"),
     [
