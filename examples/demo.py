@@ -7,7 +7,6 @@ and stops it again. Needs nothing from the network.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -75,11 +74,11 @@ def service(options: argparse.Namespace) -> Iterator[tuple[httpx.Client, Path]]:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "service").mkdir(parents=True)
     environment = {**os.environ, "KDPO_DATA_DIR": str(folder / "service")}
-    kdpo = [sys.executable, "-m", "app.cli"]
+    kdpo = [sys.executable, "-m", "app"]
     console.rule("1. Start the service (SQLite and a file broker in one folder)")
     subprocess.run([*kdpo, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
     made = subprocess.run(
-        [*kdpo, "keys", "create", "--name", "demo", "--json"],
+        [*kdpo, "keys", "create", "--name", "demo"],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
     with socket.socket() as probe:
@@ -92,7 +91,7 @@ def service(options: argparse.Namespace) -> Iterator[tuple[httpx.Client, Path]]:
             env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    headers = {"Authorization": f"Bearer {json.loads(made.stdout)['key']}"}
+    headers = {"Authorization": f"Bearer {made.stdout.strip()}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=180.0) as client:
             wait_until_ready(client, process, log_path)

@@ -1,6 +1,5 @@
 """A running kdpo for tests: the real commands, real HTTP, and the means to kill parts of it."""
 
-import json
 import os
 import signal
 import socket
@@ -116,8 +115,7 @@ class Service:
     def __enter__(self) -> "Service":
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.run("migrate")
-        created = self.run("keys", "create", "--name", "test", "--json")
-        self.key = json.loads(created)["key"]
+        self.key = self.run("keys", "create", "--name", "test").strip()
         for command in self.commands:
             self.start(command)
         try:
@@ -146,7 +144,7 @@ class Service:
 
     def run(self, *arguments: str) -> str:
         finished = subprocess.run(
-            [sys.executable, "-m", "app.cli", *arguments],
+            [sys.executable, "-m", "app", *arguments],
             env=self.environ(), cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr
@@ -156,7 +154,7 @@ class Service:
         name = "-".join(part for part in command[:3] if not part.startswith("-"))
         log = (self.folder / "logs" / f"{name}.txt").open("ab")
         process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", *command],
+            [sys.executable, "-m", "app", *command],
             env=self.environ(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
         log.close()
