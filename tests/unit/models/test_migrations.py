@@ -1,0 +1,64 @@
+"""One tree of migrations makes the tables of the code, on both databases, and can go back."""
+
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, inspect
+
+from models.base import Base
+from models.migrate import alembic_config, upgrade
+from models.session import make_engine
+
+VERSION_TABLE = "kdpo_schema_version"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'empty.db'}"
+    return str(request.getfixturevalue("empty_postgres_url"))
+
+
+def table_names(url: str) -> set[str]:
+    engine = make_engine(url, pool_size=1)
+    try:
+        return set(inspect(engine).get_table_names()) - {VERSION_TABLE}
+    finally:
+        engine.dispose()
+
+
+def test_there_is_one_newest_revision() -> None:
+    heads = ScriptDirectory.from_config(alembic_config("sqlite://")).get_heads()
+    assert len(heads) == 1
+
+
+def test_upgrade_makes_every_table_and_may_be_repeated(empty_url: str) -> None:
+    upgrade(empty_url)
+    assert table_names(empty_url) == set(Base.metadata.tables)
+    upgrade(empty_url)
+    assert table_names(empty_url) == set(Base.metadata.tables)
+
+
+def test_tables_of_the_code_are_those_of_the_migrations(empty_url: str) -> None:
+    upgrade(empty_url)
+    command.check(alembic_config(empty_url))  # raises when autogenerate finds a difference
+
+
+def test_check_sees_a_difference(empty_url: str) -> None:
+    upgrade(empty_url)
+    engine: Engine = make_engine(empty_url, pool_size=1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE worker ADD COLUMN planted INTEGER")
+    engine.dispose()
+    with pytest.raises(Exception, match="New upgrade operations"):
+        command.check(alembic_config(empty_url))
+
+
+def test_downgrade_leaves_nothing_and_upgrade_comes_back(empty_url: str) -> None:
+    upgrade(empty_url)
+    command.downgrade(alembic_config(empty_url), "base")
+    assert table_names(empty_url) == set()
+    upgrade(empty_url)
+    assert table_names(empty_url) == set(Base.metadata.tables)

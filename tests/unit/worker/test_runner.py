@@ -1,0 +1,148 @@
+"""What a runner leaves behind, and what it makes of errors."""
+
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import (
+    CancelRequested,
+    Conflict,
+    ErrorDetail,
+    FailureCode,
+    InvalidInput,
+    LeaseLost,
+    NotFound,
+    RunAborted,
+    StorageFull,
+    Unavailable,
+)
+from core.lifecycle import JobKind, Phase
+from core.queue import QueueName
+from core.settings import Settings
+from models.repositories.jobs import Fence, JobRepository
+from models.repositories.owners import OwnerRepository
+from models.session import Database
+from worker import runner
+from worker.context import JobContext, Preempted
+from worker.outcome import (
+    OUTCOME_NAME,
+    Cancelled,
+    ExitCode,
+    Failed,
+    Succeeded,
+    read_outcome,
+    write_outcome,
+)
+from worker.outcome import Preempted as PreemptedOutcome
+
+
+@pytest.fixture
+def database(sqlite_url: str) -> Iterator[Database]:
+    database = Database(sqlite_url, pool_size=2)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def fence(database: Database) -> Fence:
+    with database.transaction() as session:
+        owner = OwnerRepository(session).ensure("owner")
+        jobs = JobRepository(session)
+        jobs.create(owner_id=owner.id, kind=JobKind.DATASET, spec={})
+        claim = jobs.claim(QueueName.CPU, worker_id="w", lease_s=60.0)
+    assert claim is not None
+    return claim.fence
+
+
+def run_raising(
+    error: BaseException, database: Database, fence: Fence, folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> ExitCode:  # fmt: skip
+    """Run an attempt whose job reaches a phase and raises."""
+
+    def job(context: JobContext) -> dict[str, Any]:
+        context.phase(Phase.CONVERTING)
+        raise error
+
+    monkeypatch.setattr("worker.jobs.validate_dataset.run", job)
+    settings = Settings(data_dir=folder)
+    return runner.run_attempt(settings, database, fence, stop=threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retryable"),
+    [
+        (RunAborted("x", failure=FailureCode.LOSS_NAN), "loss_nan", False),
+        (RunAborted("x", failure=FailureCode.TIME_LIMIT, retryable=True), "time_limit", True),
+        (InvalidInput("x", code="model_not_found"), "model_not_found", False),
+        (InvalidInput("x", errors=[ErrorDetail("c", "d")]), "internal", False),
+        (NotFound("x"), "internal", False),
+        (Conflict("x"), "internal", False),
+        (Unavailable("x"), "dependency_error", True),
+        (StorageFull("x"), "disk_full", True),
+        (MemoryError(), "out_of_memory", False),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+         "out_of_memory", False),
+        (OSError(errno.ENOSPC, "No space left"), "disk_full", True),
+        (PermissionError(errno.EACCES, "no"), "internal", False),
+        (RuntimeError("a secret detail"), "internal", False),
+    ],
+)  # fmt: skip
+def test_errors_become_failures_with_public_words(
+    error: Exception, code: str, retryable: bool, database: Database, fence: Fence,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert run_raising(error, database, fence, tmp_path, monkeypatch) is ExitCode.FAILED
+    outcome = read_outcome(tmp_path / "artifacts" / "jobs" / fence.job_id / "a1")
+    assert isinstance(outcome, Failed)
+    assert (outcome.error.code, outcome.error.retryable) == (code, retryable)
+    assert (outcome.error.phase, outcome.error.attempt) == (Phase.CONVERTING, 1)
+    assert "secret" not in outcome.error.message
+    if isinstance(error, InvalidInput):
+        assert [detail["code"] for detail in outcome.error.errors] == [e.code for e in error.errors]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "kind"),
+    [
+        (CancelRequested("x"), ExitCode.CANCELLED, Cancelled),
+        (Preempted("x"), ExitCode.PREEMPTED, PreemptedOutcome),
+    ],
+)
+def test_stops_are_no_failures(
+    error: Exception, exit_code: ExitCode, kind: type, database: Database, fence: Fence,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert run_raising(error, database, fence, tmp_path, monkeypatch) is exit_code
+    assert isinstance(read_outcome(tmp_path / "artifacts" / "jobs" / fence.job_id / "a1"), kind)
+
+
+def test_lost_lease_leaves_no_outcome(
+    database: Database, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LeaseLost):
+        run_raising(LeaseLost("x"), database, fence, tmp_path, monkeypatch)
+    assert read_outcome(tmp_path / "artifacts" / "jobs" / fence.job_id / "a1") is None
+
+
+def test_attempt_that_owns_nothing_does_nothing(
+    database: Database, fence: Fence, tmp_path: Path
+) -> None:
+    stale = Fence(fence.job_id, fence.attempt + 1)
+    with pytest.raises(LeaseLost):
+        runner.run_attempt(Settings(data_dir=tmp_path), database, stale, stop=threading.Event())
+    assert list(tmp_path.rglob("a2")) == []
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"status": "succeeded"}', '{"status": "other"}'])
+def test_damaged_outcome_is_none(damage: str, tmp_path: Path) -> None:
+    write_outcome(tmp_path, Succeeded(result={"n": 1}))
+    assert read_outcome(tmp_path) == Succeeded(result={"n": 1})
+    (tmp_path / OUTCOME_NAME).write_text(damage)
+    assert read_outcome(tmp_path) is None
