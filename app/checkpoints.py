@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
 
 from app.checkpoint_views import CheckpointView, FileView, checkpoint_view
-from app.deps import Config, Db, PageOf, Queue, ReadsArtifacts, WritesArtifacts
+from app.deps import ID_PATTERN, Config, Db, PageOf, Queue, ReadsArtifacts, WritesArtifacts
 from app.downloads import StoredFile, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
@@ -19,7 +19,7 @@ from models.repositories.jobs import JobRepository
 
 router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
 
-CheckpointId = Annotated[str, Path(max_length=64)]
+CheckpointId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 
 class CreateExport(SpecModel):
@@ -37,7 +37,7 @@ def list_checkpoints(
     caller: ReadsArtifacts,
     database: Db,
     query: PageOf,
-    job_id: Annotated[str | None, Query(max_length=64)] = None,
+    job_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> ListOf[CheckpointView]:
     """List checkpoints, newest first."""
     with database.reading() as session:

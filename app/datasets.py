@@ -19,7 +19,17 @@ from app.dataset_views import (
     report_url,
     report_view,
 )
-from app.deps import Config, Db, PageOf, Patience, Prefer, Queue, ReadsDatasets, WritesDatasets
+from app.deps import (
+    ID_PATTERN,
+    Config,
+    Db,
+    PageOf,
+    Patience,
+    Prefer,
+    Queue,
+    ReadsDatasets,
+    WritesDatasets,
+)
 from app.errors import problem_response, status_of, validation_detail
 from app.queue import relay_now
 from app.responses import ListOf, conditional, json_response, list_of, wait_until
@@ -34,7 +44,7 @@ from models.session import Database
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
-DatasetId = Annotated[str, Path(max_length=64)]
+DatasetId = Annotated[str, Path(pattern=ID_PATTERN)]
 FIELDS = frozenset({"name", "policy"})
 
 # Containers that are refused before anything is stored; validation knows the other layouts.
@@ -173,7 +183,8 @@ def _loads(text: str) -> Any:
 def _name(upload: Upload, dataset_id: str) -> str:
     name = upload.fields.get("name")
     if name is None:
-        return (upload.filename or dataset_id)[:200]
+        printable = "".join(c for c in upload.filename or "" if c.isprintable())
+        return printable[:200] or dataset_id
     if not 1 <= len(name) <= 200 or not name.isprintable():
         raise InvalidInput("name must have 1 to 200 printable characters", param="name")
     return name

@@ -21,6 +21,9 @@ from models.repositories.paging import PageQuery
 from models.session import Database
 
 DEFAULT_OWNER = "default"
+# What reaches the database: Postgres refuses NUL in any text.
+ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+TEXT_PATTERN = r"^[^\x00]*$"
 TOUCH_EVERY_S = 60.0
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,6})\"?\s*", re.IGNORECASE)
 
@@ -165,8 +168,12 @@ def refuse_other_bodies(request: Request) -> None:
 
 def page_query(
     limit: Annotated[int, Query(ge=1, le=100, description="objects on a page")] = 20,
-    after: Annotated[str | None, Query(max_length=64, description="id before the page")] = None,
-    before: Annotated[str | None, Query(max_length=64, description="id behind the page")] = None,
+    after: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="id before the page")
+    ] = None,
+    before: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="id behind the page")
+    ] = None,
     order: Annotated[Literal["asc", "desc"], Query(description="by age")] = "desc",
 ) -> PageQuery:
     """Return which page of a list is asked for."""

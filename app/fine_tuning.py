@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
-from app.deps import Config, Db, PageOf, Queue, ReadsJobs, WritesJobs
+from app.deps import ID_PATTERN, TEXT_PATTERN, Config, Db, PageOf, Queue, ReadsJobs, WritesJobs
 from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
 from app.jobs import (
     EventCursor,
@@ -32,16 +32,22 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 Metadata = Annotated[
     dict[
-        Annotated[str, StringConstraints(max_length=64)],
-        Annotated[str, StringConstraints(max_length=512)],
+        Annotated[str, StringConstraints(max_length=64, pattern=TEXT_PATTERN)],
+        Annotated[str, StringConstraints(max_length=512, pattern=TEXT_PATTERN)],
     ],
     Field(max_length=16, description="up to 16 pairs of your own"),
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**31, description="the same seed repeats the run")]
 ModelName = Annotated[
-    str, Field(min_length=1, max_length=512, description="a folder on the server, or a hub id")
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        pattern=TEXT_PATTERN,
+        description="a folder on the server, or a hub id",
+    ),
 ]
-DatasetId = Annotated[str, Field(min_length=1, max_length=64)]
+DatasetId = Annotated[str, Field(pattern=ID_PATTERN)]
 
 
 class CreateFineTuningJob(SpecModel):
@@ -119,8 +125,8 @@ def list_fine_tuning_jobs(
     database: Db,
     query: PageOf,
     status: JobStatus | None = None,
-    dataset_id: Annotated[str | None, Query(max_length=64)] = None,
-    model: Annotated[str | None, Query(max_length=512)] = None,
+    dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    model: Annotated[str | None, Query(max_length=512, pattern=TEXT_PATTERN)] = None,
 ) -> ListOf[FineTuningJob]:
     """List fine-tuning jobs, newest first."""
     with database.reading() as session:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from app.deps import Db, PageOf, ReadsJobs, WritesJobs
+from app.deps import ID_PATTERN, TEXT_PATTERN, Db, PageOf, ReadsJobs, WritesJobs
 from app.job_views import (
     AnyJob,
     EventView,
@@ -25,11 +25,16 @@ from models.session import Database
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
-JobId = Annotated[str, Path(max_length=64)]
+JobId = Annotated[str, Path(pattern=ID_PATTERN)]
 EventLimit = Annotated[int, Query(ge=1, le=100)]
-EventCursor = Annotated[str | None, Query(max_length=64, description="a `seq` or an event id")]
+EventCursor = Annotated[str | None, Query(pattern=ID_PATTERN, description="a `seq` or an event id")]
 EventOrder = Annotated[Literal["asc", "desc"], Query(description="by `seq`")]
-Scope = Annotated[str, Query(max_length=40, description="`train`, `baseline` or `trial:<number>`")]
+Scope = Annotated[
+    str,
+    Query(
+        max_length=40, pattern=TEXT_PATTERN, description="`train`, `baseline` or `trial:<number>`"
+    ),
+]
 
 
 @router.get("", operation_id="list_jobs")
@@ -39,8 +44,8 @@ def list_jobs(
     query: PageOf,
     kind: JobKind | None = None,
     status: JobStatus | None = None,
-    dataset_id: Annotated[str | None, Query(max_length=64)] = None,
-    model: Annotated[str | None, Query(max_length=512)] = None,
+    dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    model: Annotated[str | None, Query(max_length=512, pattern=TEXT_PATTERN)] = None,
 ) -> ListOf[AnyJob]:
     """List jobs of all kinds, newest first."""
     with database.reading() as session:

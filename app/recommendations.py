@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app.deps import Config, Db, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
+from app.deps import ID_PATTERN, Config, Db, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
 from app.fine_tuning import DatasetId, Metadata, ModelName, Seed
 from app.job_views import JobError, Progress, QueuePlace, job_error, progress_view
 from app.queue import relay_now
@@ -35,7 +35,7 @@ from models.session import Database
 
 router = APIRouter(prefix="/recommendations", tags=["recommendations"])
 
-RecommendationId = Annotated[str, Path(max_length=64)]
+RecommendationId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 
 class CreateRecommendation(SpecModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 
-from app.deps import Db, PageOf, ReadsJobs
+from app.deps import ID_PATTERN, Db, PageOf, ReadsJobs
 from app.responses import ListOf, Schema, conditional, list_of, unix
 from core.lifecycle import EndedBy, JobStatus, TrialStatus
 from models.experiment import TrialRow
@@ -13,7 +13,7 @@ from models.repositories.jobs import JobRepository
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 
-StudyId = Annotated[str, Path(max_length=64)]
+StudyId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 
 class TrialView(Schema):

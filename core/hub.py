@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from core.errors import InvalidInput, KdpoError, NotPermitted, Unavailable
 from core.modelref import (
@@ -118,6 +119,7 @@ def _download(ref: ModelRef, settings: Settings) -> Path:
         raise InvalidInput(
             f"model {ref.name!r} has no pinned commit", code="model_not_found", param="model"
         )
+    disable_progress_bars()  # a bar is not a line of a log
     try:
         return Path(
             snapshot_download(

@@ -60,7 +60,7 @@ def resolve_local(name: str, settings: Settings) -> ModelRef | None:
     """
     folder = _in_roots(name, settings.model_dirs)
     if folder is None and settings.local_paths_allowed:
-        folder = _existing_folder(Path(name).expanduser())
+        folder = _existing_folder(Path(os.path.expanduser(name)))
     if folder is not None:
         check_model_dir(folder)
         return ModelRef(name=name, source="local", path=folder)
@@ -160,7 +160,7 @@ def _existing_folder(path: Path) -> Path | None:
     if "\0" in str(path):
         return None
     real = Path(os.path.realpath(path))
-    return real if real.is_dir() else None
+    return real if os.path.isdir(real) else None
 
 
 def _refuse_remote_code(config: Path) -> None:

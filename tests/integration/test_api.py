@@ -262,6 +262,24 @@ def test_invalid_fields_are_named(
     assert problem["error"]["param"] == pointer.split("/")[1]
 
 
+def test_strange_ids_are_refused_and_never_an_error_of_ours(world: World) -> None:
+    for text in ("%00", "a%00b", "%F0%9F%98%80", "x" * 300, "%20", "'--"):
+        for method, path in operations(world.app):
+            if "{" in path:
+                url = re.sub(r"\{\w+\}", text, path)
+                answer = world.client.request(method, url, headers=world.headers())
+                assert answer.status_code in (404, 422), (method, url)
+        for query in ("after", "before", "dataset_id", "model"):
+            assert world.get(f"/v1/jobs?{query}={text}").status_code in (200, 422)
+    assert world.get("/v1/jobs?model=a%00b").status_code == 422
+
+
+def test_texts_that_no_database_stores(world: World) -> None:
+    body = {"model": MODEL, "dataset_id": "ds_x", "metadata": {"a": "b\0"}}
+    problem = check_problem(world.post("/v1/recommendations", json=body), 422, "invalid_input")
+    assert problem["errors"][0]["pointer"] == "/metadata/a"
+
+
 def test_unknown_query_parameters_are_refused_everywhere(world: World) -> None:
     for method, path in operations(world.app):
         url = re.sub(r"\{\w+\}", "x", path)

@@ -96,6 +96,15 @@ def test_other_names_are_not_found(model: Path, name: str) -> None:
     assert str(model.parent) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "name", ["~nobody-has-this-name/x", "x" * 500, "a/" * 200, "/" + "x" * 400]
+)
+def test_impossible_paths_are_not_found(model: Path, name: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        resolve_local(name, settings_for(model, allow=True))
+    assert caught.value.code == "model_not_found"
+
+
 def test_paths_only_where_they_are_allowed(model: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(model, elsewhere)
