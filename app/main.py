@@ -15,6 +15,7 @@ from app.deps import DEFAULT_OWNER
 from app.middleware import BodyLimit, RequestLog
 from app.openapi import KdpoApi
 from app.queue import CeleryQueue
+from app.uploads import remove_stale_parts
 from core.settings import Settings
 from models.maintenance import Maintenance
 from models.repositories.owners import OwnerRepository
@@ -40,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.database, app.state.queue = database, queue
             if not settings.auth.required:
                 app.state.default_owner_id = await run_in_threadpool(_default_owner, database)
+            await run_in_threadpool(remove_stale_parts, settings.upload_dir)
             thread.start()
             yield
         finally:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from core.settings import MIB
 WRITE_BYTES = MIB
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 16
+PART_SUFFIX = ".part"
+STALE_S = 86_400.0
 # Room that an upload must leave on the disk for the database.
 SPARE_BYTES = 64 * MIB
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -147,7 +150,7 @@ async def receive_upload(
         StorageFull: the disk has no room.
     """
     boundary = _boundary(request)
-    temporary = target.with_name(f".{target.name}.part")
+    temporary = target.with_name(f".{target.name}{PART_SUFFIX}")
     try:
         await run_in_threadpool(_make_room, target.parent, _told_bytes(request))
         form = _Form(allowed=fields)
@@ -182,6 +185,15 @@ async def receive_upload(
     finally:
         await run_in_threadpool(temporary.unlink, missing_ok=True)
     return Upload(target, size, sha256, form.filename, form.fields)
+
+
+def remove_stale_parts(folder: Path) -> list[Path]:
+    """Remove what uploads left when their process was killed, a day after the last byte."""
+    oldest = time.time() - STALE_S
+    stale = [p for p in folder.glob(f".*{PART_SUFFIX}") if p.stat().st_mtime < oldest]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
 
 
 async def _copy(
