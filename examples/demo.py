@@ -35,6 +35,7 @@ class DemoError(Exception):
 def main() -> int:
     """Run the demo and return its exit code."""
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     try:
         with service(options) as (client, folder):
