@@ -320,7 +320,3 @@ def _say(message: str) -> None:
 def _fail(message: str, hint: str | None) -> NoReturn:
     sys.stderr.write(f"kdpo: {message}\n" + (f"hint: {hint}\n" if hint else ""))
     sys.exit(FAILURE)
-
-
-if __name__ == "__main__":
-    main()

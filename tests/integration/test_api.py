@@ -28,6 +28,16 @@ def world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One API for all tests of this file that change nothing."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = folder / "kdpo.db"
+    file.write_bytes(_sqlite_template.read_bytes())
+    with running_api(f"sqlite:///{file}", folder) as made:
+        yield made
+
+
 @pytest.fixture
 def no_auth_world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
     with running_api(sqlite_url, tmp_path, auth={"required": False}) as made:
@@ -71,22 +81,22 @@ def check_problem(answer: Any, status: int, code: str) -> dict[str, Any]:
 # ------------------------------------------------------------------- callers
 
 
-def test_every_route_needs_a_key(world: World) -> None:
-    for method, path in operations(world.app):
+def test_every_route_needs_a_key(shared: World) -> None:
+    for method, path in operations(shared.app):
         url = re.sub(r"\{\w+\}", "x", path)
         for headers in ({}, {"Authorization": "Bearer dk-live-unknown"}, {"Authorization": "x"}):
-            answer = world.client.request(method, url, headers=headers)
+            answer = shared.client.request(method, url, headers=headers)
             assert answer.status_code == 401, (method, path, headers)
             assert answer.headers["www-authenticate"] == "Bearer"
             if method != "HEAD":
                 check_problem(answer, 401, answer.json()["code"])
 
 
-def test_every_route_needs_a_scope(world: World) -> None:
-    secret = world.key("ada", scopes=())
-    for method, path in operations(world.app):
+def test_every_route_needs_a_scope(shared: World) -> None:
+    secret = shared.key("ada", scopes=())
+    for method, path in operations(shared.app):
         url = re.sub(r"\{\w+\}", "x", path)
-        answer = world.client.request(method, url, headers={"Authorization": f"Bearer {secret}"})
+        answer = shared.client.request(method, url, headers={"Authorization": f"Bearer {secret}"})
         assert answer.status_code == 403, (method, path)
 
 
@@ -99,17 +109,17 @@ def test_every_route_needs_a_scope(world: World) -> None:
     ],
 )
 def test_scopes_open_their_own_routes_only(
-    world: World, scope: Scope, allowed: str, refused: str
+    shared: World, scope: Scope, allowed: str, refused: str
 ) -> None:
-    headers = {"Authorization": f"Bearer {world.key('ada', scopes=(scope,))}"}
-    assert world.client.get(allowed, headers=headers).status_code == 200
-    body = check_problem(world.client.get(refused, headers=headers), 403, "missing_scope")
+    headers = {"Authorization": f"Bearer {shared.key('ada', scopes=(scope,))}"}
+    assert shared.client.get(allowed, headers=headers).status_code == 200
+    body = check_problem(shared.client.get(refused, headers=headers), 403, "missing_scope")
     assert body["error"]["type"] == "permission_error"
 
 
-def test_read_scope_does_not_write(world: World) -> None:
-    headers = {"Authorization": f"Bearer {world.key('ada', scopes=(Scope.DATASETS_READ,))}"}
-    answer = world.client.post("/v1/datasets", headers=headers, files={"file": pairs(3)})
+def test_read_scope_does_not_write(shared: World) -> None:
+    headers = {"Authorization": f"Bearer {shared.key('ada', scopes=(Scope.DATASETS_READ,))}"}
+    answer = shared.client.post("/v1/datasets", headers=headers, files={"file": pairs(3)})
     check_problem(answer, 403, "missing_scope")
 
 
@@ -178,21 +188,21 @@ def test_without_auth_everything_belongs_to_the_default_owner(no_auth_world: Wor
 # -------------------------------------------------------------------- errors
 
 
-def test_unknown_path_and_method(world: World) -> None:
-    check_problem(world.client.get("/v1/nothing"), 404, "not_found")
-    answer = world.client.put("/v1/jobs", headers=world.headers())
+def test_unknown_path_and_method(shared: World) -> None:
+    check_problem(shared.client.get("/v1/nothing"), 404, "not_found")
+    answer = shared.client.put("/v1/jobs", headers=shared.headers())
     check_problem(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize("path", ["/v1/recommendations", "/v1/fine_tuning/jobs"])
-def test_malformed_bodies(world: World, path: str) -> None:
+def test_malformed_bodies(shared: World, path: str) -> None:
     json_type = {"content-type": "application/json"}
-    check_problem(world.post(path, content=b"{", headers=json_type), 400, "malformed_request")
-    check_problem(world.post(path, content=b"\xff", headers=json_type), 400, "malformed_request")
-    check_problem(world.post(path, json=[1]), 422, "invalid_input")
-    check_problem(world.post(path), 422, "invalid_input")
-    plain = world.post(path, content=b"{}", headers={"content-type": "text/plain"})
+    check_problem(shared.post(path, content=b"{", headers=json_type), 400, "malformed_request")
+    check_problem(shared.post(path, content=b"\xff", headers=json_type), 400, "malformed_request")
+    check_problem(shared.post(path, json=[1]), 422, "invalid_input")
+    check_problem(shared.post(path), 422, "invalid_input")
+    plain = shared.post(path, content=b"{}", headers={"content-type": "text/plain"})
     check_problem(plain, 415, "unsupported_media_type")
 
 
@@ -252,9 +262,11 @@ def test_malformed_bodies(world: World, path: str) -> None:
     ],
 )
 def test_invalid_fields_are_named(
-    world: World, body: dict[str, Any], pointer: str, says: str
+    shared: World, body: dict[str, Any], pointer: str, says: str
 ) -> None:
-    answer = world.post("/v1/fine_tuning/jobs", json={"model": MODEL, "dataset_id": "ds_x", **body})
+    answer = shared.post(
+        "/v1/fine_tuning/jobs", json={"model": MODEL, "dataset_id": "ds_x", **body}
+    )
     problem = check_problem(answer, 422, "invalid_input")
     assert problem["errors"][0]["pointer"] == pointer
     assert says in problem["errors"][0]["detail"]
@@ -262,36 +274,36 @@ def test_invalid_fields_are_named(
     assert problem["error"]["param"] == pointer.split("/")[1]
 
 
-def test_strange_ids_are_refused_and_never_an_error_of_ours(world: World) -> None:
+def test_strange_ids_are_refused_and_never_an_error_of_ours(shared: World) -> None:
     for text in ("%00", "a%00b", "%F0%9F%98%80", "x" * 300, "%20", "'--"):
-        for method, path in operations(world.app):
+        for method, path in operations(shared.app):
             if "{" in path:
                 url = re.sub(r"\{\w+\}", text, path)
-                answer = world.client.request(method, url, headers=world.headers())
+                answer = shared.client.request(method, url, headers=shared.headers())
                 assert answer.status_code in (404, 422), (method, url)
         for query in ("after", "before", "dataset_id", "model"):
-            assert world.get(f"/v1/jobs?{query}={text}").status_code in (200, 422)
-    assert world.get("/v1/jobs?model=a%00b").status_code == 422
+            assert shared.get(f"/v1/jobs?{query}={text}").status_code in (200, 422)
+    assert shared.get("/v1/jobs?model=a%00b").status_code == 422
 
 
-def test_texts_that_no_database_stores(world: World) -> None:
+def test_texts_that_no_database_stores(shared: World) -> None:
     body = {"model": MODEL, "dataset_id": "ds_x", "metadata": {"a": "b\0"}}
-    problem = check_problem(world.post("/v1/recommendations", json=body), 422, "invalid_input")
+    problem = check_problem(shared.post("/v1/recommendations", json=body), 422, "invalid_input")
     assert problem["errors"][0]["pointer"] == "/metadata/a"
 
 
-def test_unknown_query_parameters_are_refused_everywhere(world: World) -> None:
-    for method, path in operations(world.app):
+def test_unknown_query_parameters_are_refused_everywhere(shared: World) -> None:
+    for method, path in operations(shared.app):
         url = re.sub(r"\{\w+\}", "x", path)
-        answer = world.client.request(method, f"{url}?beat=1", headers=world.headers())
+        answer = shared.client.request(method, f"{url}?beat=1", headers=shared.headers())
         assert answer.status_code == 422, (method, path)
-    problem = check_problem(world.get("/v1/jobs?beat=1"), 422, "unknown_parameter")
+    problem = check_problem(shared.get("/v1/jobs?beat=1"), 422, "unknown_parameter")
     assert problem["error"]["param"] == "beat"
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "kind=x"])
-def test_bad_query_values(world: World, query: str) -> None:
-    problem = check_problem(world.get(f"/v1/jobs?{query}"), 422, "invalid_input")
+def test_bad_query_values(shared: World, query: str) -> None:
+    problem = check_problem(shared.get(f"/v1/jobs?{query}"), 422, "invalid_input")
     assert problem["error"]["param"] == query.partition("=")[0]
 
 
@@ -418,16 +430,16 @@ def test_upload_wakes_the_queue_through_the_broker(world: World) -> None:
 
 
 def test_access_log_has_the_request_and_no_key(
-    world: World, caplog: pytest.LogCaptureFixture
+    shared: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kdpo.access"):
-        answer = world.get("/v1/jobs?limit=1")
+        answer = shared.get("/v1/jobs?limit=1")
     record = next(r for r in caplog.records if r.name == "kdpo.access")
     fields = vars(record)["kdpo"]
     assert fields["request_id"] == answer.headers["x-request-id"]
     assert fields["path"] == "/v1/jobs"
     assert fields["status"] == 200
-    assert world.keys["ada"] not in str(fields)
+    assert shared.keys["ada"] not in str(fields)
 
 
 def test_document_describes_problems_and_nothing_else(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.lifecycle import JobKind
@@ -25,6 +25,22 @@ def world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One API for all tests of this file that change nothing."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = folder / "kdpo.db"
+    file.write_bytes(_sqlite_template.read_bytes())
+    with running_api(f"sqlite:///{file}", folder) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def stored(shared: World) -> str:
+    shared.training_job(shared.dataset())
+    return shared.publish(shared.claim(JobKind.TRAINING), CONTENTS)
+
+
 @pytest.fixture
 def checkpoint(world: World) -> str:
     world.training_job(world.dataset())
@@ -39,14 +55,14 @@ def etag_of(data: bytes) -> str:
     return f'"sha256:{hashlib.sha256(data).hexdigest()}"'
 
 
-def test_manifest_and_every_file(world: World, checkpoint: str) -> None:
-    view = world.get(f"/v1/checkpoints/{checkpoint}").json()
+def test_manifest_and_every_file(shared: World, stored: str) -> None:
+    view = shared.get(f"/v1/checkpoints/{stored}").json()
     assert view["num_files"] == len(CONTENTS)
     assert view["label"] == "best"
-    files = world.get(f"/v1/checkpoints/{checkpoint}/files").json()["data"]
+    files = shared.get(f"/v1/checkpoints/{stored}/files").json()["data"]
     assert {f["path"] for f in files} == set(CONTENTS)
     for file in files:
-        answer = world.get(file["url"])
+        answer = shared.get(file["url"])
         data = CONTENTS[file["path"]]
         assert answer.status_code == 200
         assert answer.content == data
@@ -60,42 +76,38 @@ def test_manifest_and_every_file(world: World, checkpoint: str) -> None:
         assert answer.headers["content-disposition"].startswith("attachment")
 
 
-def test_head_is_get_without_the_body(world: World, checkpoint: str) -> None:
-    got = world.get(url_of(checkpoint))
-    head = world.client.head(url_of(checkpoint), headers=world.headers())
+def test_head_is_get_without_the_body(shared: World, stored: str) -> None:
+    got = shared.get(url_of(stored))
+    head = shared.client.head(url_of(stored), headers=shared.headers())
     assert head.status_code == 200
     assert head.content == b""
     for name in ("etag", "content-length", "repr-digest", "content-type"):
         assert head.headers[name] == got.headers[name]
 
 
-def test_conditions(world: World, checkpoint: str) -> None:
-    url, etag = url_of(checkpoint), etag_of(BIG)
+def test_conditions(shared: World, stored: str) -> None:
+    url, etag = url_of(stored), etag_of(BIG)
     for value in (etag, f'W/"x", {etag}', f"W/{etag}", "*"):
-        same = world.get(url, headers={"If-None-Match": value, "Range": "bytes=0-0"})
+        same = shared.get(url, headers={"If-None-Match": value, "Range": "bytes=0-0"})
         assert same.status_code == 304, value
         assert same.content == b""
-    assert world.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
-    part = world.get(url, headers={"Range": "bytes=1-3", "If-Range": etag})
+    assert shared.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
+    part = shared.get(url, headers={"Range": "bytes=1-3", "If-Range": etag})
     assert part.status_code == 206
     for stale in ('"other"', f"W/{etag}", "Wed, 21 Oct 2015 07:28:00 GMT"):
-        whole = world.get(url, headers={"Range": "bytes=1-3", "If-Range": stale})
+        whole = shared.get(url, headers={"Range": "bytes=1-3", "If-Range": stale})
         assert whole.status_code == 200
         assert whole.content == BIG
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(
     start=st.none() | st.integers(0, len(BIG) + 5),
     stop=st.none() | st.integers(0, len(BIG) + 5),
 )
-def test_ranges_are_slices(
-    world: World, checkpoint: str, start: int | None, stop: int | None
-) -> None:
+def test_ranges_are_slices(shared: World, stored: str, start: int | None, stop: int | None) -> None:
     asked = f"bytes={'' if start is None else start}-{'' if stop is None else stop}"
-    answer = world.get(url_of(checkpoint), headers={"Range": asked})
+    answer = shared.get(url_of(stored), headers={"Range": asked})
     if start is None:
         expected = None if stop is None else BIG[max(0, len(BIG) - stop) :]
     elif stop is not None and stop < start:
@@ -117,25 +129,23 @@ def test_ranges_are_slices(
 
 
 @pytest.mark.parametrize("asked", ["bytes=0-1,3-4", "bytes=a-b", "items=0-1", "bytes=-", "0-1"])
-def test_ranges_of_other_forms_give_the_whole_file(
-    world: World, checkpoint: str, asked: str
-) -> None:
-    answer = world.get(url_of(checkpoint), headers={"Range": asked})
+def test_ranges_of_other_forms_give_the_whole_file(shared: World, stored: str, asked: str) -> None:
+    answer = shared.get(url_of(stored), headers={"Range": asked})
     assert answer.status_code == 200
     assert answer.content == BIG
 
 
-def test_empty_file_has_no_range(world: World, checkpoint: str) -> None:
+def test_empty_file_has_no_range(shared: World, stored: str) -> None:
     for asked in ("bytes=0-0", "bytes=-1"):
-        answer = world.get(url_of(checkpoint, "empty"), headers={"Range": asked})
+        answer = shared.get(url_of(stored, "empty"), headers={"Range": asked})
         check_problem(answer, 416, "range_not_satisfiable")
 
 
-def test_two_halves_make_the_file(world: World, checkpoint: str) -> None:
+def test_two_halves_make_the_file(shared: World, stored: str) -> None:
     half = len(BIG) // 2
-    first = world.get(url_of(checkpoint), headers={"Range": f"bytes=0-{half - 1}"})
-    rest = world.get(
-        url_of(checkpoint), headers={"Range": f"bytes={half}-", "If-Range": first.headers["etag"]}
+    first = shared.get(url_of(stored), headers={"Range": f"bytes=0-{half - 1}"})
+    rest = shared.get(
+        url_of(stored), headers={"Range": f"bytes={half}-", "If-Range": first.headers["etag"]}
     )
     assert first.content + rest.content == BIG
 
@@ -155,8 +165,8 @@ def test_two_halves_make_the_file(world: World, checkpoint: str) -> None:
         "manifest.json",
     ],
 )
-def test_only_listed_paths_are_opened(world: World, checkpoint: str, name: str) -> None:
-    answer = world.get(f"/v1/checkpoints/{checkpoint}/files/{name}")
+def test_only_listed_paths_are_opened(shared: World, stored: str, name: str) -> None:
+    answer = shared.get(f"/v1/checkpoints/{stored}/files/{name}")
     assert answer.status_code in (404, 405), answer.text
     assert answer.headers["content-type"] == "application/problem+json"
 

@@ -152,22 +152,19 @@ def test_worker_gets_pinned_models(world: World) -> None:
     assert row.model == MODEL
 
 
-@pytest.mark.parametrize(
-    ("model", "code"),
-    [
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/recommendations"])
+def test_models_that_cannot_be_used(world: World, path: str) -> None:
+    dataset = world.dataset()
+    for model, code in (
         ("nothing", "model_not_found"),
         ("../models/tiny-lm", "model_not_found"),
         ("/etc", "model_not_found"),
         ("org/name", "model_unreachable"),
-    ],
-)
-@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/recommendations"])
-def test_models_that_cannot_be_used(world: World, path: str, model: str, code: str) -> None:
-    dataset = world.dataset()
-    answer = world.post(path, json={"model": model, "dataset_id": dataset})
-    problem = check_problem(answer, 422, code)
-    assert problem["error"]["param"] == "model"
-    assert problem["hint"]
+    ):
+        answer = world.post(path, json={"model": model, "dataset_id": dataset})
+        problem = check_problem(answer, 422, code)
+        assert problem["error"]["param"] == "model"
+        assert problem["hint"]
     assert world.get("/v1/jobs?status=queued").json()["data"] == []
 
 

@@ -31,7 +31,7 @@ class Served:
         with self.output.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "app.cli", "serve",
+                    sys.executable, "-m", "app", "serve",
                     "--data-dir", str(folder / "data"), "--port", "0",
                 ],
                 cwd=ROOT, env=environment, stdout=out, stderr=log,
