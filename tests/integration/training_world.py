@@ -28,6 +28,23 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY_LM = EXAMPLES / "models" / "tiny-lm"
 TRUTHFULQA = EXAMPLES / "data" / "truthfulqa-600.jsonl.gz"
 
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing catches it."""
+
+
+class StopAfter(threading.Event):
+    """A stop signal that arrives when it has been asked for `polls` times."""
+
+    def __init__(self, polls: int) -> None:
+        super().__init__()
+        self._left = polls
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
 Job = Callable[[JobContext], dict[str, Any]]
 
 
@@ -91,10 +108,10 @@ class TrainingWorld:
         context.attempt_dir.mkdir(parents=True, exist_ok=True)
         try:
             result = run(context)
-        except Preempted:
+        except (Preempted, Killed):
             with self.database.transaction() as session:
                 JobRepository(session).requeue(
-                    claim.fence, AttemptOutcome.PREEMPTED, delay_s=0, message="preempted"
+                    claim.fence, AttemptOutcome.LOST, delay_s=0, message="the process ended"
                 )
             raise
         with self.database.transaction() as session:

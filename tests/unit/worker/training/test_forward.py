@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from core.spec import DivergenceName, DivergenceSpec
+from objectives import build_divergence
+from tests.unit.worker.training.micro import Bench, micro_policy, random_pairs
+from worker.training import forward
+from worker.training.batches import DataOrder, collate, micro_batches, permutation
+from worker.training.forward import hidden_states, score_tokens
+from worker.training.model import Policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["llama_folder", "gpt2_folder"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    policy = micro_policy(request.getfixturevalue(request.param))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.adapter().values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def test_log_probs_and_embeddings_equal_one_sequence_at_a_time(policy: Policy) -> None:
+    pairs = random_pairs(7)
+    batch = collate(pairs, [6, 0, 3, 2], pad_id=0, device=CPU)
+    with torch.no_grad():
+        hidden = hidden_states(policy, batch, embeddings=True)
+        scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
+        chosen, rejected = scores.sequence_log_probs(batch)
+        assert hidden.embeddings is not None
+        for i, pair in enumerate(pairs[j] for j in (6, 0, 3, 2)):
+            for answer, total, pooled in (
+                (pair.chosen, chosen[i], hidden.embeddings.chosen[i]),
+                (pair.rejected, rejected[i], hidden.embeddings.rejected[i]),
+            ):
+                tokens = torch.tensor([[*pair.prompt, *answer]])
+                out = policy.model(input_ids=tokens, output_hidden_states=True)
+                log_p = out.logits[0].log_softmax(-1)
+                start = len(pair.prompt)
+                expected = sum(float(log_p[start + t - 1, token]) for t, token in enumerate(answer))
+                assert float(total) == pytest.approx(expected, abs=2e-4)
+                torch.testing.assert_close(
+                    pooled, out.hidden_states[-1][0, start:].mean(0), rtol=1e-4, atol=1e-5
+                )
+            torch.testing.assert_close(
+                hidden.embeddings.prompt[i],
+                out.hidden_states[-1][0, : len(pair.prompt)].mean(0),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+
+
+def test_adapter_off_is_the_reference(policy: Policy) -> None:
+    batch = collate(random_pairs(4), range(4), pad_id=0, device=CPU)
+    with torch.no_grad():
+        on = hidden_states(policy, batch, embeddings=False).states
+        with policy.as_reference():
+            off = hidden_states(policy, batch, embeddings=False).states
+        assert not torch.allclose(on, off)
+        policy.reset_adapter(0)
+        fresh = hidden_states(policy, batch, embeddings=False).states
+    assert torch.equal(fresh, off)
+
+
+@pytest.mark.parametrize("name", [n for n in DivergenceName if n is not DivergenceName.WASSERSTEIN])
+def test_chunks_change_neither_values_nor_gradients(
+    policy: Policy, name: DivergenceName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = collate(random_pairs(4), range(4), pad_id=0, device=CPU)
+    spec = TypeAdapter(DivergenceSpec).validate_python({"type": name.value})
+    divergence = build_divergence(spec, head=None)
+    with torch.no_grad(), policy.as_reference():
+        base = hidden_states(policy, batch, embeddings=False).states
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        hidden = hidden_states(policy, batch, embeddings=False)
+        scores = score_tokens(
+            policy.head, hidden.states, batch.labels, reference_states=base, divergence=divergence
+        )
+        total = scores.log_prob.sum() + scores.pair_divergence(batch).sum()
+        grads = torch.autograd.grad(total, list(policy.adapter().values()))
+        return total.detach(), list(grads)
+
+    whole, grads = run()
+    monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 5 * policy.head.out_features)
+    chunked, chunked_grads = run()
+    torch.testing.assert_close(whole, chunked, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, chunked_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_hold_every_pair_once_within_the_limits() -> None:
+    pairs = random_pairs(30)
+    groups = micro_batches(pairs, range(30), max_pairs=4, max_tokens=96)
+    assert sorted(i for group in groups for i in group) == list(range(30))
+    for group in groups:
+        assert len(group) <= 4
+        assert len(group) == 1 or 2 * len(group) * max(pairs[i].length for i in group) <= 96
+    lengths = [pairs[i].length for group in groups for i in group]
+    assert lengths == sorted(lengths)
+
+
+def test_data_order_is_every_epochs_permutation_cut_into_steps() -> None:
+    order = DataOrder(10, batch_size=4, seed=11)
+    seen = [i for step in range(5) for i in order.pairs_of(step)]
+    assert seen[:10] == permutation(10, seed=11, epoch=0)
+    assert seen[10:] == permutation(10, seed=11, epoch=1)
+    assert seen[:10] != seen[10:]
+    fresh = DataOrder(10, batch_size=4, seed=11)
+    assert fresh.pairs_of(3) == seen[12:16]
+    assert fresh.position(3) == (1, 2)
+
+
+def test_the_reference_table_is_what_the_model_says(bench: Bench, llama_folder: Path) -> None:
+    pair = bench.pairs[3]
+    tokens = torch.tensor([[*pair.prompt, *pair.rejected]])
+    with torch.no_grad(), bench.policy.as_reference():
+        log_p = bench.policy.model(input_ids=tokens).logits[0].log_softmax(-1)
+    start = len(pair.prompt)
+    expected = sum(float(log_p[start + t - 1, token]) for t, token in enumerate(pair.rejected))
+    assert float(bench.table.rejected_log_prob[3]) == pytest.approx(expected, abs=2e-4)
+    features = bench.table.features(bench.pairs)
+    assert features.group.tolist() == [i // 2 for i in range(12)]
+    assert features.rejected_tokens[3] == len(pair.rejected)
+    assert bool((bench.table.entropy > 0).all())
+    assert bool((bench.table.entropy <= 1).all())
