@@ -155,9 +155,12 @@ class _FineTune:
         trained = self._train(plan, "train")
         baseline = self._train_baseline(plan)
         evidence = self._evaluate(plan)
-        return self._save(
+        result = self._save(
             plan, trained, baseline, evidence, recommendation_id=recommendation_id, search=summary
         )
+        for scope in ("train", "baseline"):
+            self._bench.store(plan.request(scope)).clear()
+        return result
 
     def _named(self, objective: ObjectiveSpec) -> _Plan:
         rate = self._bench.learning_rate

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core.errors import KdpoError
 from worker.training.folders import (
     FolderDamaged,
     SealedFolder,
@@ -24,8 +25,10 @@ VALUES = "state.json"
 Identity = dict[str, str | int | float | None]
 
 
-class IdentityMismatch(Exception):
+class IdentityMismatch(KdpoError):
     """A point was written by a run of something else; going on from it would not be exact."""
+
+    default_code = "identity_mismatch"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from typing import Any
 
 import orjson
 
+from core.errors import KdpoError
 from worker.ingest.files import full_disk_as_error
 
 _BLOCK = 1 << 20
 
 
-class FolderDamaged(Exception):
+class FolderDamaged(KdpoError):
     """A folder is not what its manifest says."""
+
+    default_code = "checkpoint_corrupt"
 
 
 @dataclass(frozen=True)

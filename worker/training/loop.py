@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from core.errors import FailureCode, RunAborted
+from core.errors import FailureCode, KdpoError, RunAborted
 from core.lifecycle import EndedBy
 from core.spec import PenaltyTerm
 from objectives import HybridObjective, PairEmbeddings, PreferenceBatch
@@ -74,8 +74,10 @@ class RunOutcome:
     mixture_weights: dict[str, float] | None = None
 
 
-class _Ended(Exception):
+class _Ended(KdpoError):
     """The run cannot go on; carries how it ended."""
+
+    default_code = "run_ended"
 
     def __init__(self, ended_by: EndedBy, message: str) -> None:
         super().__init__(message)

@@ -25,7 +25,12 @@ TOKEN_SAMPLE = 4096
 FORWARD_PAIRS = 8
 FORWARD_TOKENS = 16_384
 _FORMAT = "kdpo-reference-1"
-_TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"})
+_TOKENIZER_FILES = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
+        *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    }
+)
 
 Progress = Callable[[int, int], None]
 
