@@ -92,7 +92,7 @@ class KlForm:
     uses_mass: bool = False
 
     def __call__(self, block: Block) -> Measured:
-        """g = p v."""
+        """G = p v."""
         slope = torch.mul(block.p, block.v, out=block.spare)
         total = block.mean(slope)
         return Measured(-total, slope, total, -1.0)
@@ -106,7 +106,7 @@ class ForwardKlForm:
     uses_mass: bool = True
 
     def __call__(self, block: Block) -> Measured:
-        """g = q - p."""
+        """G = q - p."""
         terms = torch.add(block.p, block.mass, out=block.spare).mul_(block.v)
         return Measured(block.mean(terms), block.mass, block.mean(block.mass), -1.0)
 
@@ -128,10 +128,10 @@ class PowerForm:
         """Inside, no exponent (a-1) u reaches the knee; for 0 < a < 1 there is none."""
         if 0.0 < self.order < 1.0:
             return REACH
-        return EXPONENT_KNEE / abs(self.order - 1.0)
+        return min(REACH, EXPONENT_KNEE / abs(self.order - 1.0))
 
     def __call__(self, block: Block) -> Measured:
-        """g = p expm1((1-a) v)."""
+        """G = p expm1((1-a) v)."""
         excess = self.order - 1.0
         factor = self.order * excess
         power = torch.mul(block.v, -excess, out=block.spare)
@@ -157,7 +157,7 @@ class JensenShannonForm:
     uses_mass: bool = True
 
     def __call__(self, block: Block) -> Measured:
-        """g = p L."""
+        """G = p L."""
         ratio = torch.expm1(block.v, out=block.spare)
         log_mean = ratio.mul_(0.5).log1p_()
         of_q = torch.sub(log_mean, block.v, out=block.v).mul_(block.mass.add_(block.p))
@@ -174,7 +174,7 @@ class JeffreysForm:
     uses_mass: bool = True
 
     def __call__(self, block: Block) -> Measured:
-        """g = p v + q - p."""
+        """G = p v + q - p."""
         terms = torch.mul(block.mass, block.v, out=block.spare)
         slope = block.v.mul_(block.p).add_(block.mass)
         return Measured(0.5 * block.mean(terms), slope, block.mean(slope), -0.5)
@@ -188,7 +188,7 @@ class TotalVariationForm:
     uses_mass: bool = True
 
     def __call__(self, block: Block) -> Measured:
-        """g = p sign(v)."""
+        """G = p sign(v)."""
         terms = torch.abs(block.mass, out=block.spare)
         slope = block.v.sign_().mul_(block.p)
         return Measured(0.5 * block.mean(terms), slope, block.mean(slope), -0.5)
@@ -219,7 +219,7 @@ class SlicedWassersteinForm:
         )
 
     def __call__(self, block: Block) -> Measured:
-        """g = p times the mean transport potential."""
+        """G = p times the mean transport potential."""
         count = self.orders.shape[0]
         value = torch.zeros_like(block.inverse_z)
         potential = block.v.zero_()
