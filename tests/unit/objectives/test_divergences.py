@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import ot
 import pytest
 import torch
 from hypothesis import given, settings
@@ -375,6 +376,22 @@ def test_unbounded_terms_go_on_linearly_in_log_space() -> None:
 
 
 class TestSlicedWasserstein:
+    @given(seed=seeds, spread=st.floats(min_value=0.1, max_value=6.0))
+    @settings(deadline=None, max_examples=10)
+    def test_is_optimal_transport_on_each_direction(self, seed: int, spread: float) -> None:
+        """POT's exact solver in one dimension, every direction, its own cost matrix."""
+        log_p, log_q = distributions(seed, spread=spread)
+        drawn = torch.randn(HEAD.shape[1], 8, generator=generator(0), dtype=torch.float64)
+        positions = HEAD @ (drawn / drawn.norm(dim=0))
+        positions = (positions / positions.std(0, correction=0)).numpy()
+        expected = [
+            np.mean([ot.emd2(p, q, np.abs(np.subtract.outer(x, x))) for x in positions.T])
+            for p, q in zip(log_p.exp().numpy(), log_q.exp().numpy(), strict=True)
+        ]
+        close(
+            build(CASES["wasserstein"])(log_p, log_q), torch.tensor(expected), dtype=torch.float64
+        )
+
     def test_point_masses_are_their_mean_projected_distance(self) -> None:
         positions = torch.arange(5, dtype=torch.float64)[:, None]
         distance = SlicedWasserstein(positions, directions=3, seed=0)
