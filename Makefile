@@ -23,11 +23,11 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install kdpo with everything it needs
 
@@ -59,6 +59,11 @@ lint: setup ## Check style, format, types and the arrows between packages
 fmt: setup ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+# FULL=1 measures the cells that the kept table lacks (an hour for all); it can be stopped and goes on.
+bench-objectives: setup ## Report streamed divergences against whole logits and TRL (FULL=1: measure)
+	@if [[ -n "$${FULL:-}" ]]; then OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives; fi
+	@$(BIN)/python -m bench.report
 
 serve: setup ## Start API and workers on this machine (SQLite, no other server)
 	$(BIN)/kdpo serve

@@ -14,8 +14,9 @@ def _source(folder: str) -> str:
 
 
 def test_every_named_test_exists() -> None:
-    tests = _source("tests/unit/objectives")
-    modules = {path.stem for path in (ROOT / "tests/unit/objectives").glob("test_*.py")}
+    folders = ("tests/unit/objectives", "tests/parity")
+    tests = "\n".join(_source(folder) for folder in folders)
+    modules = {path.stem for folder in folders for path in (ROOT / folder).glob("test_*.py")}
     named = set(re.findall(r"\b(test_\w+)", TEXT)) - modules
     assert len(named) > 15
     assert {name for name in named if f"def {name}" not in tests} == set()
@@ -29,9 +30,8 @@ def test_every_named_file_exists(name: str) -> None:
 
 
 def test_every_named_function_exists() -> None:
-    named = re.findall(
-        r"`(?:hybrid|geometry|numerics|power|symmetric|wasserstein|MixtureKernel)\.(\w+)`", TEXT
-    )
+    modules = [path.stem for path in (ROOT / "objectives").rglob("*.py")] + ["MixtureKernel"]
+    named = set(re.findall(rf"`(?:{'|'.join(modules)})\.(\w+)`", TEXT)) - {"py"}
     code = _source("objectives")
     assert len(named) > 10
     assert {name for name in named if not re.search(rf"(def|class) {name}\b", code)} == set()

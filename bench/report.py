@@ -1,0 +1,163 @@
+"""From measured cells to a table in docs/benchmarks.md, goals and one JSON line."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "bench" / "results" / "objectives-cells.jsonl"
+SUMMARY = ROOT / "bench" / "results" / "objectives.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- objectives: begin -->", "<!-- objectives: end -->"
+FORMS = ("streamed", "whole", "trl")
+MEMORY_AT = (4096, 150_000)
+MEMORY_FROM = (256, 512)
+
+Row = dict[str, Any]
+Key = tuple[str, int, int]
+
+
+def read(path: Path) -> tuple[dict[Key, Row], dict[str, Any]]:
+    """Rows by cell, the last of each, and the environment that they were measured in."""
+    rows: dict[Key, Row] = {}
+    environment: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "environment" in row:
+            environment = row["environment"]
+        else:
+            rows[row["divergence"], row["tokens"], row["vocabulary"]] = row
+    return rows, environment
+
+
+def seconds(row: Row, form: str) -> float | None:
+    samples = row["seconds"].get(form)
+    return statistics.median(samples) if samples else None
+
+
+def ratios(rows: dict[Key, Row], form: str) -> dict[Key, float]:
+    """Median time of the streamed form over that of another, where both ran."""
+    found = {}
+    for key, row in rows.items():
+        ours, theirs = seconds(row, "streamed"), seconds(row, form)
+        if ours is not None and theirs is not None:
+            found[key] = ours / theirs
+    return found
+
+
+def memory_shares(rows: dict[Key, Row]) -> dict[Key, float]:
+    """Streamed over whole at MEMORY_AT, where whole logits do not fit.
+
+    Their memory is a + b tokens; a and b come from the two smaller cells of that vocabulary.
+    """
+    found = {}
+    (few, more), (tokens, vocabulary) = MEMORY_FROM, MEMORY_AT
+    for name in sorted({name for name, _, _ in rows}):
+        cells = [rows.get((name, n, vocabulary)) for n in (few, more, tokens)]
+        if any(cell is None for cell in cells):
+            continue
+        first, second, ours = (cell["bytes"] for cell in cells if cell is not None)
+        slope = (second["whole"] - first["whole"]) / (more - few)
+        whole = second["whole"] + slope * (tokens - more)
+        found[name, tokens, vocabulary] = ours["streamed"] / whole
+    return found
+
+
+def worst(name: str, target: float, values: dict[Key, float]) -> dict[str, Any]:
+    """A goal over all cells: its worst one must meet the target."""
+    if not values:
+        return {"name": name, "target": f"<= {target:g}", "measured": None, "met": False}
+    key = max(values, key=values.__getitem__)
+    return {
+        "name": name,
+        "target": f"<= {target:g}",
+        "measured": float(f"{values[key]:.3g}"),
+        "met": values[key] <= target,
+        "worst_cell": "{} at {} x {}".format(*key),
+        "cells": len(values),
+    }
+
+
+def goals(rows: dict[Key, Row]) -> list[dict[str, Any]]:
+    errors = {
+        kind: {key: row["error"][kind] for key, row in rows.items() if row["error"]}
+        for kind in ("value", "gradient")
+    }
+    return [
+        worst(
+            "extra memory at 4096 tokens x 150k, streamed / whole logits",
+            0.10,
+            memory_shares(rows),
+        ),
+        worst("time, streamed / TRL chunked (KL, JSD)", 1.0, ratios(rows, "trl")),
+        worst("time, streamed / whole logits", 1.3, ratios(rows, "whole")),
+        worst("relative error of D against float64", 1e-5, errors["value"]),
+        worst("relative error of the gradient against float64", 1e-5, errors["gradient"]),
+    ]
+
+
+def table(rows: dict[Key, Row]) -> str:
+    def time_of(row: Row, form: str) -> str:
+        value = seconds(row, form)
+        return "–" if value is None else f"{value:.2f}"
+
+    def memory_of(row: Row, form: str) -> str:
+        return f"{row['bytes'][form] / 1e6:,.0f}" if form in row["bytes"] else "–"
+
+    lines = [
+        "| divergence | tokens | vocabulary | s: streamed | whole | TRL "
+        "| MB: streamed | whole | TRL | error of D | of gradient |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, tokens, vocabulary), row in sorted(
+        rows.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
+    ):
+        times = " | ".join(time_of(row, form) for form in FORMS)
+        memory = " | ".join(memory_of(row, form) for form in FORMS)
+        error = f"{row['error']['value']:.0e} | {row['error']['gradient']:.0e}"
+        lines.append(f"| {name} | {tokens} | {vocabulary:,} | {times} | {memory} | {error} |")
+    return "\n".join(lines)
+
+
+def goal_table(found: list[dict[str, Any]]) -> str:
+    lines = ["| goal | target | worst measured | where | met |", "|---|---|---|---|---|"]
+    for goal in found:
+        where = f"{goal.get('worst_cell', 'nothing measured')} of {goal.get('cells', 0)} cells"
+        met = "yes" if goal["met"] else "**no**"
+        lines.append(
+            f"| {goal['name']} | {goal['target']} | {goal['measured']} | {where} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+def report() -> None:
+    """Write the page's table and the summary; the last printed line is the summary."""
+    rows, environment = read(CELLS)
+    found = goals(rows)
+    block = "\n\n".join(
+        [
+            BEGIN,
+            f"Measured on {environment['cpu']}, {environment['threads']} thread of "
+            f"{environment['cores']} cores, torch {environment['torch']}, Python "
+            f"{environment['python']}, width H = {environment['width']}, {environment['dtype']}.",
+            goal_table(found),
+            table(rows),
+            END,
+        ]
+    )
+    page = PAGE.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the table's place")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(before + block + after, encoding="utf-8")
+    SUMMARY.write_text(
+        json.dumps({"environment": environment, "goals": found}, indent=1) + "\n", encoding="utf-8"
+    )
+    print(table(rows))
+    print(goal_table(found))
+    print(json.dumps({"goals": found}))
+
+
+if __name__ == "__main__":
+    report()
