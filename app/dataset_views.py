@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from app.responses import Schema, unix
 from core.errors import Category, ErrorDetail
 from core.lifecycle import DatasetStatus
-from core.spec import DatasetPolicy
+from core.run_spec import DatasetPolicy
 from models.dataset import Dataset
 
 MAX_ERRORS = 100

@@ -37,7 +37,7 @@ from app.uploads import Upload, receive_upload
 from core.errors import Conflict, InvalidInput, UnsupportedMedia
 from core.ids import IdPrefix, new_id
 from core.lifecycle import DatasetStatus, JobKind
-from core.spec import DatasetPolicy
+from core.run_spec import DatasetPolicy
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import ID_OF_KIND, JobRepository
 from models.session import Database

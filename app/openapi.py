@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from app.errors import PROBLEM_TYPE, Problem
-from core.spec import DatasetPolicy
+from core.run_spec import DatasetPolicy
 
 _REF = "#/components/schemas/{model}"
 

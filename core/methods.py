@@ -4,18 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from core.run_spec import AutoFloat, LoraSpec, SearchSpec, TrainSpec
 from core.spec import (
-    AutoFloat,
     DivergenceSpec,
     KernelSpec,
     KernelTerm,
     LinkTerm,
-    LoraSpec,
     ObjectiveSpec,
     PenaltyTerm,
-    SearchSpec,
     SpecModel,
-    TrainSpec,
 )
 
 

@@ -12,6 +12,7 @@ from objectives.numerics import token_log_probs
 from objectives.types import Divergence
 
 _UPCAST_ROWS = 4096
+_PLAIN_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _logits(job: Job, inputs: Inputs, part: slice, out: Tensor) -> bool:
         project(states, inputs.head, out)
         return False
     base = inputs.reference_states[part]
-    exact = states.dtype == base.dtype == inputs.head.weight.dtype == inputs.dtype
+    exact = states.dtype == inputs.head.weight.dtype == inputs.dtype
     if job.shared and (exact or states.device.type == "cpu"):
         wide = states.to(inputs.dtype)
         project(torch.cat([wide, base.to(inputs.dtype) - wide]), Head(inputs.head.weight), out)
@@ -161,19 +162,52 @@ class _BlockView:
 
 
 def _measure(job: Job, view: _BlockView, scores: Scores, scales: Tensor, *, slopes: bool) -> None:
-    """Turn logits into P and its partner into the slope of D, in place; fill scores and scales."""
+    """Turn logits into P and its partner into the slope of D, in place; fill scores and scales.
+
+    Rows outside the domain of the closed forms are kept, and done by the plain functions after.
+    """
     logits, other = view.logits, view.other
     low, high = (bound[:, None] for bound in logits.aminmax(dim=-1))
-    ordinary = high - low <= REACH
+    ordinary = (high - low)[:, 0] <= REACH
     if other is not None:
         assert job.divergence is not None
         if not view.differences:
             torch.sub(other, logits, out=view.spare[0])
-        least, most = (view.spare[0] if not view.differences else other).aminmax(dim=-1)
-        ordinary &= (most - least)[:, None] <= job.divergence.form.reach
-    if not bool(ordinary.all()):
-        _measure_plainly(job, view, scores, scales, slopes=slopes)
-        return
+        least, most = (other if view.differences else view.spare[0]).aminmax(dim=-1)
+        ordinary &= most - least <= job.divergence.form.reach
+    extreme = (~ordinary).nonzero()[:, 0]
+    count = extreme.shape[0]
+    kept = [x.index_select(0, extreme) for x in (logits, other) if x is not None and count]
+    if count < logits.shape[0]:
+        _measure_closed(job, view, high, scores, scales, slopes=slopes)
+    for start, stop in spans(count, max(1, _PLAIN_ELEMENTS // logits.shape[-1])):
+        rows, here = extreme[start:stop], slice(start, stop)
+        few = _BlockView(
+            logits=kept[0][here],
+            other=None if other is None else kept[1][here],
+            differences=view.differences,
+            labels=view.labels[rows],
+            spare=view.spare,
+        )
+        of_rows = Scores(*(logits.new_empty(stop - start) for _ in range(3)))
+        _measure_plainly(job, few, of_rows, slopes=slopes)
+        for whole, part in (
+            (logits, few.logits),
+            (other, few.other),
+            (scores.log_prob, of_rows.log_prob),
+            (scores.divergence, of_rows.divergence),
+            (scores.entropy, of_rows.entropy),
+        ):
+            if whole is not None and part is not None:
+                whole.index_copy_(0, rows, part)
+        scales.index_fill_(1, rows, 1.0)
+
+
+def _measure_closed(
+    job: Job, view: _BlockView, high: Tensor, scores: Scores, scales: Tensor, *, slopes: bool
+) -> None:
+    """By closed forms; `high` (n, 1) are the largest logits, and rows out of reach are not used."""
+    logits, other = view.logits, view.other
     chosen = logits.gather(-1, view.labels[:, None]) - high
     z = logits.sub_(high).exp_().sum(-1, keepdim=True)
     torch.reciprocal(z, out=scales[0])
@@ -207,22 +241,19 @@ def _block(job: Job, p: Tensor, gap: Tensor, spare: Tensor, inverse_z: Tensor) -
     return Block(p=p, v=gap, mass=mass, spare=spare[1], inverse_z=inverse_z)
 
 
-def _measure_plainly(
-    job: Job, view: _BlockView, scores: Scores, scales: Tensor, *, slopes: bool
-) -> None:
-    """The same by the plain functions and autograd: floors, knees, infinite logits."""
+def _measure_plainly(job: Job, view: _BlockView, scores: Scores, *, slopes: bool) -> None:
+    """The same by the plain functions and autograd: floors, knees, infinite logits; Z is 1."""
     logits, other = view.logits, view.other
-    scales.fill_(1.0)
+    slopes = slopes and other is not None
     scores.log_prob.copy_(token_log_probs(logits, view.labels))
-    leaf = logits.clone().requires_grad_(slopes and other is not None)
-    with torch.set_grad_enabled(slopes and other is not None):
+    leaf = logits.clone().requires_grad_(slopes)
+    with torch.set_grad_enabled(slopes):
         log_p = leaf.log_softmax(-1)
         if other is not None:
             assert job.divergence is not None
             base = other + logits if view.differences else other
             value = job.divergence.exact(log_p, base.log_softmax(-1))
-    if job.entropy:
-        scores.entropy.copy_(torch.special.entr(log_p.detach().exp()).sum(-1))
+    scores.entropy.copy_(torch.special.entr(log_p.detach().exp()).sum(-1))
     if other is not None:
         scores.divergence.copy_(value.detach())
         if slopes:

@@ -18,7 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 from core.errors import InvalidInput
 from core.lifecycle import EndedBy, TrialStatus
 from core.profile import RankedPair, Recommendation
-from core.spec import CandidateSpec, ObjectiveSpec, SearchSpec
+from core.run_spec import CandidateSpec, SearchSpec
+from core.spec import (
+    ObjectiveSpec,
+)
 from selection.space import Params, SearchSpace
 
 Origin = Literal["baseline", "recommended", "coverage", "sampler"]

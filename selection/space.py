@@ -17,9 +17,9 @@ from optuna.distributions import (
 )
 
 from core.errors import InvalidInput
+from core.run_spec import CandidateSpec
 from core.spec import (
     BhattacharyyaSpec,
-    CandidateSpec,
     DivergenceName,
     DivergenceSpec,
     FAlpha,

@@ -28,8 +28,11 @@ from core.profile import (
 )
 from core.queue import QUEUE_OF_KIND
 from core.results import Comparison, Evaluation, GeneratedSample, RunSummary, TrainingResult
+from core.run_spec import DatasetPolicy
 from core.settings import Settings
-from core.spec import DatasetPolicy, ObjectiveSpec
+from core.spec import (
+    ObjectiveSpec,
+)
 from models.job import Job as JobRow
 from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository

@@ -15,8 +15,8 @@ from core.ids import IdPrefix, new_id
 from core.lifecycle import AttemptOutcome, JobKind, JobStatus
 from core.modelref import ModelRef
 from core.queue import QueueName
+from core.run_spec import DatasetPolicy
 from core.settings import DbSettings, Settings, TrainingSettings
-from core.spec import DatasetPolicy
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository

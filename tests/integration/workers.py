@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from core.ids import IdPrefix, new_id
 from core.lifecycle import AttemptOutcome, EventType, JobKind
+from core.run_spec import DatasetPolicy
 from core.settings import Settings
-from core.spec import DatasetPolicy
 from models.dataset import Dataset
 from models.job import Event, Job
 from models.repositories.datasets import DatasetRepository

@@ -15,8 +15,8 @@ import orjson
 
 from core.errors import ErrorDetail, InvalidInput, KdpoError, TooLarge, UnsupportedMedia
 from core.lifecycle import DatasetStatus
+from core.run_spec import DatasetPolicy
 from core.settings import MIB, DataLimits
-from core.spec import DatasetPolicy
 from worker.ingest.canonical import Split, canonical_row, digest, from_line, to_line
 from worker.ingest.containers import Line, LineReader
 from worker.ingest.faults import RowCode, RowFault

@@ -8,8 +8,8 @@ import orjson
 
 from core.errors import ErrorDetail, KdpoError
 from core.lifecycle import DatasetStatus
+from core.run_spec import SplitPolicy
 from core.settings import DataLimits
-from core.spec import SplitPolicy
 from worker.ingest.canonical import CanonicalRow, Message, Split
 from worker.ingest.containers import Container
 from worker.ingest.faults import HINTS, RowCode, RowFault

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from core.spec import SplitPolicy
+from core.run_spec import SplitPolicy
 from worker.ingest.canonical import Split
 
 

@@ -13,7 +13,11 @@ from core.lifecycle import Phase
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.modelref import ModelRef
 from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
-from core.spec import CandidateSpec, ObjectiveSpec, SearchSpec, SpecModel, TrainSpec
+from core.run_spec import CandidateSpec, SearchSpec, TrainSpec
+from core.spec import (
+    ObjectiveSpec,
+    SpecModel,
+)
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
 from worker.ingest.canonical import Split

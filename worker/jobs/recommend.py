@@ -5,7 +5,7 @@ from typing import Any
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import Phase
 from core.profile import Recommendation
-from core.spec import TrainSpec
+from core.run_spec import TrainSpec
 from models.repositories.experiments import ExperimentRepository
 from selection.profile import profile_dataset
 from selection.recommender import recommend

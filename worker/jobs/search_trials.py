@@ -16,7 +16,10 @@ from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy, Phase, TrialStatus
 from core.profile import Recommendation
 from core.results import SearchSummary
-from core.spec import CandidateSpec, SearchSpec, SpecModel
+from core.run_spec import CandidateSpec, SearchSpec
+from core.spec import (
+    SpecModel,
+)
 from models.experiment import StudyRow, TrialRow
 from models.repositories.experiments import ExperimentRepository
 from selection.search import (

@@ -13,8 +13,8 @@ from typing import Any
 
 from core.errors import FailureCode, KdpoError, RunAborted, TooLarge
 from core.lifecycle import DatasetStatus, Phase
+from core.run_spec import DatasetPolicy
 from core.settings import DataLimits
-from core.spec import DatasetPolicy
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository

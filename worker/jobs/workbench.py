@@ -9,7 +9,11 @@ from core.errors import FailureCode, RunAborted
 from core.hub import fetch
 from core.lifecycle import EndedBy, Phase
 from core.modelref import ModelRef
-from core.spec import MixtureKernelSpec, ObjectiveSpec, TrainSpec
+from core.run_spec import TrainSpec
+from core.spec import (
+    MixtureKernelSpec,
+    ObjectiveSpec,
+)
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from objectives import Geometry, PairEmbeddings, build_objective, fit_geometry

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from core.errors import FailureCode, RunAborted
-from core.spec import LoraSpec
+from core.run_spec import LoraSpec
 from worker.training.tokenize import load_tokenizer
 
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"

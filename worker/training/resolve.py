@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from core.errors import FailureCode, RunAborted
+from core.run_spec import TrainSpec
 from core.settings import TrainingSettings
-from core.spec import TrainSpec
 
 LR_TIMES_WIDTH = 0.35
 LR_RANGE = (1e-6, 5e-3)

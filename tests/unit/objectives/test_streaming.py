@@ -219,6 +219,30 @@ class TestEveryDivergence:
             torch.testing.assert_close(actual.divergence, expected.divergence, rtol=rtol, atol=rtol)
             torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * size)
 
+    def test_an_extreme_token_leaves_its_neighbours_alone(self, case: Case) -> None:
+        """In one block: rows that need the plain functions and rows that do not."""
+        t = tokens(19, dtype=torch.float32)
+        far = torch.zeros(11, 1)
+        far[4], far[9] = 400.0, -60.0
+        with torch.no_grad():
+            t.states.add_(far)
+        exact = build_divergence(case.spec, head=HEAD.float())
+        actual, expected = streamed(t, case, exact, tile=None), plain(t, exact)
+        assert actual.divergence is not None
+        torch.testing.assert_close(actual.divergence, expected.divergence, rtol=2e-4, atol=1e-5)
+        near = [i for i in range(11) if i not in (4, 9)]
+        alone = replace(
+            t, states=t.states[near], reference=t.reference[near], labels=t.labels[near]
+        )
+        without = streamed(alone, case, exact, tile=None)
+        close(actual.divergence[near], without.divergence.detach(), dtype=torch.float32)
+        close(actual.log_prob[near], without.log_prob.detach(), dtype=torch.float32)
+        close(actual.entropy[near], without.entropy, dtype=torch.float32)
+        (whole,) = torch.autograd.grad(actual.divergence.sum(), t.states)
+        (part,) = torch.autograd.grad(without.divergence.sum(), t.states)
+        close(whole[near], part[near], dtype=torch.float32)
+        assert bool(torch.isfinite(whole).all())
+
     def test_equal_states_are_no_drift_and_no_gradient(self, case: Case) -> None:
         t = tokens(5, dtype=torch.float32)
         t = replace(t, reference=t.states.detach(), to_log_prob=torch.zeros(11))

@@ -4,7 +4,12 @@ import math
 
 import pytest
 
-from core.spec import DivergenceName, KernelName, ObjectiveSpec, SearchSpec
+from core.run_spec import SearchSpec
+from core.spec import (
+    DivergenceName,
+    KernelName,
+    ObjectiveSpec,
+)
 from selection.recommender import recommend
 from selection.search import FinishedTrial, initial_candidates, select_winner
 from selection.space import SearchSpace

@@ -14,7 +14,10 @@ from optuna.trial import TrialState
 
 from core.errors import InvalidInput
 from core.lifecycle import EndedBy, TrialStatus
-from core.spec import CandidateSpec, ObjectiveSpec, SearchSpec
+from core.run_spec import CandidateSpec, SearchSpec
+from core.spec import (
+    ObjectiveSpec,
+)
 from selection.recommender import recommend
 from selection.search import Proposal, SearchDriver, TrialOutcome, initial_candidates
 from selection.space import SearchSpace

@@ -11,8 +11,8 @@ from optuna.distributions import (
 )
 
 from core.errors import InvalidInput
+from core.run_spec import CandidateSpec
 from core.spec import (
-    CandidateSpec,
     FAlpha,
     FDivergenceSpec,
     KernelTerm,

@@ -7,8 +7,8 @@ from pathlib import Path
 import orjson
 import pytest
 
+from core.run_spec import DatasetPolicy
 from core.settings import DataLimits
-from core.spec import DatasetPolicy
 from worker.ingest.canonical import CanonicalRow, read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME, REJECTED_NAME, IngestResult, ingest
 

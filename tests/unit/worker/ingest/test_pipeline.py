@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from core.errors import CancelRequested, Category, InvalidInput, StorageFull
+from core.run_spec import DatasetPolicy
 from core.settings import MIB, DataLimits
-from core.spec import DatasetPolicy
 from worker.ingest.canonical import from_line, read_canonical, to_line
 from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.ingest.pipeline import CANONICAL_NAME, REJECTED_NAME, ingest

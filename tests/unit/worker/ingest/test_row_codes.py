@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from core.spec import DatasetPolicy
+from core.run_spec import DatasetPolicy
 from worker.ingest.faults import HINTS, RowCode
 
 LENIENT = DatasetPolicy(max_invalid_fraction=0.5)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.spec import DatasetPolicy, SplitPolicy
+from core.run_spec import DatasetPolicy, SplitPolicy
 from worker.ingest.canonical import Split
 from worker.ingest.split import plan_split, rank, split_sizes
 

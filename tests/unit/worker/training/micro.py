@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from core.spec import LoraSpec
+from core.run_spec import LoraSpec
 from objectives import Geometry, build_objective, fit_geometry
 from worker.training.checkpoint import SavedState
 from worker.training.loop import RunOutcome, TrainingData, train

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy
+from core.run_spec import TrainSpec
 from core.spec import (
     DivergenceName,
     KernelName,
@@ -15,7 +16,6 @@ from core.spec import (
     MixtureKernelSpec,
     ObjectiveSpec,
     PenaltyTerm,
-    TrainSpec,
 )
 from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder
 from worker.training import loop

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import FailureCode, RunAborted
-from core.spec import LoraSpec
+from core.run_spec import LoraSpec
 from tests.unit.worker.training.micro import (
     TINY_LM,
     Bench,

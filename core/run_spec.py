@@ -1,0 +1,82 @@
+"""How things run, as types: training, search, candidates, data policy."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from core.spec import ObjectiveSpec, SpecModel
+
+AutoFloat = Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"]
+
+
+class LoraSpec(SpecModel):
+    """Low-rank adapter on every linear layer of the trunk."""
+
+    r: int = Field(default=8, ge=1, le=256)
+    alpha: float = Field(default=16.0, gt=0.0, le=1024.0)
+
+
+class TrainSpec(SpecModel):
+    """How a run trains, whatever its objective; `auto` is resolved against the model and data."""
+
+    learning_rate: AutoFloat = "auto"
+    n_epochs: float = Field(default=1.0, gt=0.0, le=50.0)
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000)
+    batch_size: int = Field(default=16, ge=2, le=4096, description="pairs per optimizer step")
+    max_length: int = Field(default=1024, ge=16, le=131_072, description="tokens per sequence")
+    warmup_fraction: float = Field(default=0.1, ge=0.0, le=0.5)
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=100.0)
+    lora: LoraSpec = LoraSpec()
+
+
+class CandidateSpec(SpecModel):
+    """One point of the search: an objective and what else the search may turn."""
+
+    objective: ObjectiveSpec
+    learning_rate: float = Field(gt=0.0, le=1.0)
+
+
+class SearchSpec(SpecModel):
+    """Budget and shape of a search; it stops at whichever limit comes first."""
+
+    max_trials: int = Field(default=12, ge=2, le=1000)
+    gpu_seconds: float | None = Field(default=None, gt=0.0)
+    trial_epochs: float = Field(
+        default=0.5, gt=0.0, le=10.0, description="length of a trial in passes over the data"
+    )
+    drift_budget: float | None = Field(
+        default=None, gt=0.0, description="largest mean token KL(policy || reference), nats"
+    )
+
+
+class SplitPolicy(SpecModel):
+    """Fractions of prompts (not pairs) that are held out."""
+
+    validation: float = Field(default=0.15, gt=0.0, lt=0.5)
+    test: float = Field(default=0.15, gt=0.0, lt=0.5)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class DatasetPolicy(SpecModel):
+    """How rows become pairs."""
+
+    on_invalid: Literal["fail", "skip"] = "skip"
+    max_invalid_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    split: SplitPolicy = SplitPolicy()
+
+    @model_validator(mode="after")
+    def _skip_only(self) -> Self:
+        if self.on_invalid == "fail" and self.max_invalid_fraction is not None:
+            raise ValueError(
+                "max_invalid_fraction has no meaning with on_invalid=fail: drop one of the two"
+            )
+        return self
+
+    @property
+    def invalid_limit(self) -> float:
+        """Largest fraction of rows that may be rejected before the dataset is invalid."""
+        if self.on_invalid == "fail":
+            return 0.0
+        return 0.01 if self.max_invalid_fraction is None else self.max_invalid_fraction
