@@ -102,7 +102,7 @@ def test_bad_models(running: Service, dataset_id: str, tmp_path: Path) -> None:
     models = {
         "no-such-model": "model_not_found",
         pickle_model(tmp_path / "pickle"): "model_not_safetensors",
-        str(broken): "model_not_safetensors",
+        str(broken): "model_damaged",
         "some-org/some-model": "model_unreachable",
         "../../etc/passwd": "model_not_found",
     }

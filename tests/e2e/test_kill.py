@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 METHOD = {
     "type": "auto",
     "auto": {
-        "search": {"max_trials": 4, "trial_epochs": 1.0},
-        "hyperparameters": {"n_epochs": 3, "batch_size": 8},
+        "search": {"max_trials": 3, "trial_epochs": 0.7},
+        "hyperparameters": {"n_epochs": 2, "batch_size": 8},
     },
 }
 

@@ -1,6 +1,7 @@
 """Streamed scores against the plain functions: values, gradients, extremes, cost, surroundings."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -552,23 +553,32 @@ class TestSurroundings:
     def test_two_processes_give_the_gradient_of_the_batch(self, tmp_path: object) -> None:
         whole = self.trunk()
         self.objective_loss(slice(None))(whole).backward()
-        torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+        # The store lives here and not in a rank, which could end while the other still asks it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        processes = torch.multiprocessing.spawn(
+            _rank, args=(store.port, str(tmp_path)), nprocs=2, join=False
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not processes.join(timeout=1):
+                assert time.monotonic() < deadline, "two processes did not come to an end"
+        finally:
+            for process in processes.processes:
+                process.kill()
         shared = torch.load(f"{tmp_path}/gradients.pt")
         for one, other in zip(shared, self.gradients(whole), strict=True):
             # DistributedDataParallel takes the mean over its two processes.
             close(2.0 * one, other, dtype=torch.float64)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def _rank(rank: int, port: int, folder: str) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(TestSurroundings.trunk())
     TestSurroundings.objective_loss(slice(3 * rank, 3 * rank + 3))(model).backward()
     if rank == 0:
         gradients = [parameter.grad for parameter in model.parameters()]
         torch.save(gradients, f"{folder}/gradients.pt")
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
