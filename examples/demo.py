@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 OPEN = ("validating_files", "queued", "running", "paused")
 
 
@@ -274,16 +274,20 @@ def report(
     """Print the evidence."""
     result = job["result"]
     console.rule("Report")
-    ranked = Table(title="Recommended from the data alone (top 5 of all pairs)", expand=True)
-    for column in ("rank", "kernel", "divergence", "score", "95 % interval", "reason"):
+    ranked = Table(title="Recommended from the data alone (top 5 of all pairs)")
+    for column in ("rank", "kernel", "divergence", "score", "95 % interval"):
         ranked.add_column(column)
     for pair in recommendation["ranking"][:5]:
         score = pair["score"]
         ranked.add_row(
             str(pair["rank"]), pair["kernel"], pair["divergence"], f"{score['value']:.3f}",
-            f"{score['low']:.3f} … {score['high']:.3f}", pair["reason"],
+            f"{score['low']:.3f} … {score['high']:.3f}",
         )  # fmt: skip
     console.print(ranked)
+    for name, pair in zip(("first", "runner-up"), recommendation["ranking"], strict=False):
+        console.print(
+            f"{name}: {pair['kernel']} × {pair['divergence']}: {pair['reason']}", highlight=False
+        )
 
     trials = checked(client.get(f"/v1/studies/{result['search']['study_id']}/trials?limit=100"))
     table = Table(title="Trials (calibrated log-loss on validation, lower is better)")
