@@ -277,8 +277,10 @@ def read_cells() -> dict[Cell, dict[str, object]]:
 
 def plan() -> Iterator[Cell]:
     """Divergences that TRL has first, then the others; small cells before large ones."""
-    for names in (list(TRL_BETA), [name for name in DIVERGENCES if name not in TRL_BETA]):
-        for tokens, vocabulary in SIZES:
+    *sizes, largest = SIZES
+    others = [name for name in DIVERGENCES if name not in TRL_BETA]
+    for names, part in ((TRL_BETA, sizes), (others, sizes), (DIVERGENCES, [largest])):
+        for tokens, vocabulary in part:
             for name in names:
                 yield Cell(name, tokens, vocabulary)
 
