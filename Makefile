@@ -66,7 +66,7 @@ bench-objectives: setup ## Report streamed divergences against whole logits and 
 	@$(BIN)/python -m bench.report
 
 serve: setup ## Start API and workers on this machine (SQLite, no other server)
-	$(BIN)/kdpo serve
+	$(BIN)/kdpo serve --model-dir examples/models
 
 migrate: setup ## Bring the database of the settings to the newest revision
 	$(BIN)/kdpo migrate

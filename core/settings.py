@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     @cached_property
     def broker_url(self) -> str:
         """URL of Celery's broker."""
-        return "filesystem://" if self.broker.url is None else self.broker.url.get_secret_value()
+        return "filesystem://localhost//" if self.broker.url is None else self.broker.url.get_secret_value()
 
     @property
     def broker_dir(self) -> Path:
