@@ -117,6 +117,9 @@ class TrainingSettings(_Group):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     num_threads: int | None = Field(default=None, ge=1)
     checkpoint_every_s: float = Field(default=300.0, ge=0)
+    reference_states_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="of one split; beyond, the base runs at every step"
+    )
     progress_every_s: float = Field(default=1.0, gt=0)
 
 
@@ -187,7 +190,11 @@ class Settings(BaseSettings):
     @cached_property
     def broker_url(self) -> str:
         """URL of Celery's broker."""
-        return "filesystem://localhost//" if self.broker.url is None else self.broker.url.get_secret_value()
+        return (
+            "filesystem://localhost//"
+            if self.broker.url is None
+            else self.broker.url.get_secret_value()
+        )
 
     @property
     def broker_dir(self) -> Path:

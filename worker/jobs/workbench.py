@@ -13,6 +13,7 @@ from core.run_spec import TrainSpec
 from core.spec import (
     MixtureKernelSpec,
     ObjectiveSpec,
+    PenaltyTerm,
 )
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
@@ -37,6 +38,7 @@ from worker.training.reference import (
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
+from worker.training.states import ReferenceStates, reference_states
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
 NOWHERE = Span(0.0, 0.0)
@@ -84,6 +86,7 @@ class Workbench:
         self._table: ReferenceTable | None = None
         self._encodings: PairEmbeddings | None = None
         self._geometries: dict[str, Geometry] = {}
+        self._states: dict[Split, ReferenceStates | None] = {}
 
     def load_split(self, split: Split) -> None:
         """Read and tokenise a split.
@@ -117,6 +120,17 @@ class Workbench:
                 progress=Reporter(self.context, "pairs", span),
             )
         return self._table
+
+    def reference_states(self, split: Split, span: Span = NOWHERE) -> ReferenceStates | None:
+        """The reference's hidden states on a split, or None when they would take too much."""
+        if split not in self._states:
+            self._states[split] = reference_states(
+                self.policy,
+                self.pairs[split],
+                budget_bytes=self.context.settings.training.reference_states_bytes,
+                progress=Reporter(self.context, "pairs", span),
+            )
+        return self._states[split]
 
     def plan(self, request: RunRequest) -> TrainPlan:
         """Resolve a run's length and rates."""
@@ -157,6 +171,9 @@ class Workbench:
                 chosen_log_prob=table.chosen_log_prob,
                 rejected_log_prob=table.rejected_log_prob,
                 frozen_embeddings=frozen,
+                reference_states=self.reference_states(Split.TRAIN)
+                if isinstance(request.objective.divergence_term, PenaltyTerm)
+                else None,
             ),
             plan=self.plan(request),
             weights_learning_rate=_weights_learning_rate(request.objective),
@@ -167,7 +184,12 @@ class Workbench:
     def measure(self, split: Split, *, span: Span) -> Measured:
         """Measure the policy as it is on a split."""
         reporter = Reporter(self.context, "pairs", span)
-        return measure(self.policy, self.pairs[split], progress=reporter)
+        return measure(
+            self.policy,
+            self.pairs[split],
+            reference=self.reference_states(split, span),
+            progress=reporter,
+        )
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -198,6 +220,7 @@ class Workbench:
             **{f"plan.{name}": value for name, value in self.plan(request).as_dict().items()},
             "lora": self.spec.lora.model_dump_json(),
             "encoder": None if self._encoder is None else self._encoder.model_dump_json(),
+            "reference_states_bytes": self.context.settings.training.reference_states_bytes,
             "threads": self.threads,
             "device": self.policy.device.type,
             **{f"version.{name}": number for name, number in versions().items()},

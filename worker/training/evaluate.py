@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from core.profile import Estimate
 from core.results import Comparison, Evaluation
 from core.spec import KlSpec
-from objectives import build_divergence, segment_sum
+from objectives import build_divergence, segment_sum, streamed_divergence
 from worker.training.batches import collate, micro_batches
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.reference import FORWARD_PAIRS, FORWARD_TOKENS
+from worker.training.states import ReferenceStates
 from worker.training.tokenize import TokenizedPair
 
 Floats = NDArray[np.float64]
@@ -72,27 +73,35 @@ class TrialScore:
 
 @torch.no_grad()
 def measure(
-    policy: Policy, pairs: Sequence[TokenizedPair], *, progress: Callable[[int, int], None]
+    policy: Policy,
+    pairs: Sequence[TokenizedPair],
+    *,
+    reference: ReferenceStates | None = None,
+    progress: Callable[[int, int], None],
 ) -> Measured:
     """Score pairs under the policy and under the reference, token distributions included.
 
-    Both passes see the same batches, so an untrained policy has margins of exactly 0.
+    Both see the same batches, so an untrained policy has margins of exactly 0. `reference` are the
+    stored states of these pairs; without them the base is run again.
     """
-    kl = build_divergence(KlSpec(), head=None)
+    kl = streamed_divergence(KlSpec(), build_divergence(KlSpec(), head=None))
     n = len(pairs)
     out = np.zeros((3, n))
     done = 0
     for group in micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS):
         batch = collate(pairs, group, pad_id=0, device=policy.device)
-        with policy.as_reference():
-            base = hidden_states(policy, batch, embeddings=False).states
-            reference = score_tokens(policy.head, base, batch.labels)
+        if reference is not None:
+            base = reference.of(batch)
+        else:
+            with policy.as_reference():
+                base = hidden_states(policy, batch, embeddings=False).states
+        expected = score_tokens(policy.head, base, batch.labels)
         states = hidden_states(policy, batch, embeddings=False).states
         scores = score_tokens(
             policy.head, states, batch.labels, reference_states=base, divergence=kl
         )
         assert scores.divergence is not None
-        ratios = segment_sum(scores.log_prob - reference.log_prob, batch.row, 2 * batch.pairs)
+        ratios = segment_sum(scores.log_prob - expected.log_prob, batch.row, 2 * batch.pairs)
         kl_sum = segment_sum(scores.divergence, batch.row % batch.pairs, batch.pairs)
         columns = torch.stack([ratios[: batch.pairs], ratios[batch.pairs :], kl_sum])
         out[:, batch.index.cpu().numpy()] = columns.double().cpu().numpy()

@@ -1,21 +1,24 @@
 """One forward of chosen and rejected rows: log-probs, embeddings, divergence from the reference.
 
 Shapes: B pairs, 2B rows (chosen first), N response tokens, H width, V vocabulary. The output layer
-is applied at response positions only, in chunks, so that memory does not grow with N * V.
+is applied at response positions only, in tiles, so that memory does not grow with N * V.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from objectives import Divergence, PairEmbeddings, per_pair_mean, segment_sum, token_log_probs
+from objectives import (
+    Head,
+    PairEmbeddings,
+    StreamedDivergence,
+    per_pair_mean,
+    segment_sum,
+    stream_scores,
+)
 from worker.training.batches import PairBatch
 from worker.training.model import Policy
-
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once (64 MiB in float32); beyond, chunks are recomputed in backward."""
 
 
 @dataclass(frozen=True)
@@ -63,63 +66,19 @@ def score_tokens(
     labels: Tensor,
     *,
     reference_states: Tensor | None = None,
-    divergence: Divergence | None = None,
+    divergence: StreamedDivergence | None = None,
     entropy: bool = False,
 ) -> TokenScores:
     """Log-probs of `labels` (N,) after `states` (N, H); D(policy || reference) where asked for."""
-    rows = max(1, CHUNK_ELEMENTS // head.out_features)
-    chunks: list[TokenScores] = []
-    for start in range(0, labels.shape[0], rows):
-        part = slice(start, start + rows)
-        arguments = (
-            head,
-            states[part],
-            labels[part],
-            None if reference_states is None else reference_states[part],
-            divergence,
-            entropy,
-        )
-        if labels.shape[0] > rows and torch.is_grad_enabled():
-            chunks.append(checkpoint(_score_chunk, *arguments, use_reentrant=False))
-        else:
-            chunks.append(_score_chunk(*arguments))
-    return TokenScores(
-        log_prob=torch.cat([c.log_prob for c in chunks]),
-        divergence=_joined([c.divergence for c in chunks]),
-        entropy=_joined([c.entropy for c in chunks]),
+    scores = stream_scores(
+        states,
+        labels,
+        Head(head.weight, head.bias),
+        divergence=divergence,
+        reference_states=reference_states,
+        entropy=entropy,
     )
-
-
-def _score_chunk(
-    head: nn.Linear,
-    states: Tensor,
-    labels: Tensor,
-    reference_states: Tensor | None,
-    divergence: Divergence | None,
-    entropy: bool,
-) -> TokenScores:
-    logits = head(states)
-    # One formula whatever else is asked for: equal states give equal log-probs, to the bit.
-    log_prob = token_log_probs(logits, labels)
-    if divergence is None and not entropy:
-        return TokenScores(log_prob, None, None)
-    log_p = logits.float().log_softmax(-1)
-    measured = None
-    if divergence is not None:
-        assert reference_states is not None
-        with torch.no_grad():
-            log_q = head(reference_states).float().log_softmax(-1)
-        measured = divergence(log_p, log_q)
-    return TokenScores(
-        log_prob=log_prob,
-        divergence=measured,
-        entropy=-(log_p.exp() * log_p).sum(-1) if entropy else None,
-    )
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    return TokenScores(scores.log_prob, scores.divergence, scores.entropy)
 
 
 def _pool(states: Tensor, batch: PairBatch) -> PairEmbeddings:

@@ -16,12 +16,13 @@ from torch import Tensor
 from core.errors import FailureCode, KdpoError, RunAborted
 from core.lifecycle import EndedBy
 from core.spec import PenaltyTerm
-from objectives import HybridObjective, PairEmbeddings, PreferenceBatch
+from objectives import HybridObjective, PairEmbeddings, PreferenceBatch, streamed_divergence
 from worker.training.batches import DataOrder, PairBatch, collate, micro_batches
 from worker.training.checkpoint import ResumeStore, SavedState
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.resolve import TrainPlan
+from worker.training.states import ReferenceStates
 from worker.training.tokenize import TokenizedPair
 
 MICRO_PAIRS = {"cpu": 4, "cuda": 64}
@@ -34,12 +35,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Pairs to train on, what the reference says about them, and frozen embeddings if used."""
+    """Pairs to train on, what the reference says about them, and frozen embeddings if used.
+
+    Without `reference_states` the base is run again at every step with a penalty.
+    """
 
     pairs: Sequence[TokenizedPair]
     chosen_log_prob: Tensor
     rejected_log_prob: Tensor
     frozen_embeddings: PairEmbeddings | None = None
+    reference_states: ReferenceStates | None = None
 
 
 class RunHooks(Protocol):
@@ -163,6 +168,12 @@ class _Run:
         self.plan = plan
         self.order = DataOrder(len(data.pairs), batch_size=plan.batch_size, seed=plan.seed)
         self.step = 0
+        term = objective.spec.divergence_term
+        self._divergence = (
+            streamed_divergence(term.divergence, objective.divergence)
+            if isinstance(term, PenaltyTerm) and objective.divergence is not None
+            else None
+        )
         self._adapter = policy.adapter()
         self._weights = dict(objective.named_parameters())
         groups: list[dict[str, object]] = [
@@ -302,14 +313,9 @@ class _Run:
 
     def _inputs(self, batch: PairBatch) -> tuple[PreferenceBatch, dict[str, Tensor]]:
         spec = self.objective.spec
-        divergence = (
-            self.objective.divergence if isinstance(spec.divergence_term, PenaltyTerm) else None
-        )
+        divergence = self._divergence
         from_policy = spec.kernel_term is not None and spec.kernel_term.embedding == "policy"
-        reference_states = None
-        if divergence is not None:
-            with torch.no_grad(), self.policy.as_reference():
-                reference_states = hidden_states(self.policy, batch, embeddings=False).states
+        reference_states = None if divergence is None else self._reference_states(batch)
         hidden = hidden_states(self.policy, batch, embeddings=from_policy)
         scores = score_tokens(
             self.policy.head,
@@ -335,6 +341,12 @@ class _Run:
             weight=batch.weight,
         )
         return inputs, {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
+
+    def _reference_states(self, batch: PairBatch) -> Tensor:
+        if self.data.reference_states is not None:
+            return self.data.reference_states.of(batch)
+        with torch.no_grad(), self.policy.as_reference():
+            return hidden_states(self.policy, batch, embeddings=False).states
 
     def _raise_if_not_finite(self) -> None:
         flags, self._finite = self._finite, []

@@ -20,6 +20,7 @@ from worker.training.loop import RunOutcome, TrainingData, train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import ReferenceTable, compute_reference
 from worker.training.resolve import TrainPlan
+from worker.training.states import ReferenceStates
 from worker.training.tokenize import TokenizedPair
 
 TINY_LM = Path(__file__).parents[4] / "examples" / "models" / "tiny-lm"
@@ -132,7 +133,7 @@ class Bench:
         self.geometry: Geometry = fit_geometry(self.table.embeddings, seed=0)
 
     def train(self, spec: Any, *, hooks: Recorder, store: MemoryStore | None = None,
-              **plan: Any) -> RunOutcome:  # fmt: skip
+              states: ReferenceStates | None = None, **plan: Any) -> RunOutcome:  # fmt: skip
         objective = build_objective(spec, geometry=self.geometry, head=self.policy.head.weight)
         values: dict[str, Any] = {
             "learning_rate": 5e-3, "total_steps": 6, "warmup_steps": 1, "schedule": "linear",
@@ -146,6 +147,7 @@ class Bench:
                 chosen_log_prob=self.table.chosen_log_prob,
                 rejected_log_prob=self.table.rejected_log_prob,
                 frozen_embeddings=self.table.embeddings,
+                reference_states=states,
             ),
             plan=TrainPlan(**(values | plan)),
             weights_learning_rate=0.05,

@@ -23,6 +23,7 @@ from worker.training.evaluate import (
     trial_score,
     typical_paired_error,
 )
+from worker.training.states import reference_states
 
 
 def measured(margins: np.ndarray, *, group: np.ndarray | None = None) -> Measured:
@@ -154,9 +155,18 @@ def test_the_verdict_is_the_intervals(shift: float, verdict: str) -> None:
     assert swapped.log_loss.low == pytest.approx(-found.log_loss.high)
 
 
-def test_an_untrained_policy_has_margins_of_exactly_zero(bench: Bench) -> None:
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_untrained_policy_has_margins_of_exactly_zero(bench: Bench, stored: bool) -> None:
     bench.policy.reset_adapter(1)
-    found = measure(bench.policy, bench.pairs, progress=ignore_progress)
+    states = reference_states(
+        bench.policy, bench.pairs, budget_bytes=1 << 30, progress=ignore_progress
+    )
+    found = measure(
+        bench.policy,
+        bench.pairs,
+        reference=states if stored else None,
+        progress=ignore_progress,
+    )
     assert np.array_equal(found.margins, np.zeros(12))
     assert found.drift == pytest.approx(0.0, abs=1e-7)
     assert accuracy(found.margins) == 0.5

@@ -5,12 +5,17 @@ import torch
 from pydantic import TypeAdapter
 
 from core.spec import DivergenceName, DivergenceSpec
-from objectives import build_divergence
-from tests.unit.worker.training.micro import Bench, micro_policy, random_pairs
-from worker.training import forward
+from objectives import build_divergence, per_pair_mean, streamed_divergence
+from tests.unit.worker.training.micro import (
+    Bench,
+    ignore_progress,
+    micro_policy,
+    random_pairs,
+)
 from worker.training.batches import DataOrder, collate, micro_batches, permutation
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
+from worker.training.states import reference_states
 
 CPU = torch.device("cpu")
 
@@ -67,31 +72,53 @@ def test_adapter_off_is_the_reference(policy: Policy) -> None:
     assert torch.equal(fresh, off)
 
 
-@pytest.mark.parametrize("name", [n for n in DivergenceName if n is not DivergenceName.WASSERSTEIN])
-def test_chunks_change_neither_values_nor_gradients(
-    policy: Policy, name: DivergenceName, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", DivergenceName)
+def test_scores_and_gradients_are_those_of_whole_logits(
+    policy: Policy, name: DivergenceName
 ) -> None:
     batch = collate(random_pairs(4), range(4), pad_id=0, device=CPU)
     spec = TypeAdapter(DivergenceSpec).validate_python({"type": name.value})
-    divergence = build_divergence(spec, head=None)
+    divergence = build_divergence(spec, head=policy.head.weight)
     with torch.no_grad(), policy.as_reference():
         base = hidden_states(policy, batch, embeddings=False).states
 
-    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        hidden = hidden_states(policy, batch, embeddings=False)
-        scores = score_tokens(
-            policy.head, hidden.states, batch.labels, reference_states=base, divergence=divergence
-        )
-        total = scores.log_prob.sum() + scores.pair_divergence(batch).sum()
-        grads = torch.autograd.grad(total, list(policy.adapter().values()))
-        return total.detach(), list(grads)
+    def gradients(total: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(total, list(policy.adapter().values())))
 
-    whole, grads = run()
-    monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 5 * policy.head.out_features)
-    chunked, chunked_grads = run()
-    torch.testing.assert_close(whole, chunked, rtol=1e-5, atol=1e-5)
-    for a, b in zip(grads, chunked_grads, strict=True):
+    scores = score_tokens(
+        policy.head,
+        hidden_states(policy, batch, embeddings=False).states,
+        batch.labels,
+        reference_states=base,
+        divergence=streamed_divergence(spec, divergence),
+    )
+    ours = scores.log_prob.sum() + scores.pair_divergence(batch).sum()
+    log_p = policy.head(hidden_states(policy, batch, embeddings=False).states).log_softmax(-1)
+    values = divergence(log_p, policy.head(base).log_softmax(-1))
+    labels = log_p.gather(1, batch.labels[:, None])
+    whole = labels.sum() + per_pair_mean(values, batch.row % batch.pairs, batch.pairs).sum()
+    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(ours), gradients(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_states_are_those_of_the_base_in_every_batch(policy: Policy) -> None:
+    pairs = random_pairs(13)
+    stored = reference_states(policy, pairs, budget_bytes=1 << 30, progress=ignore_progress)
+    assert stored is not None
+    for index in ([3], [5, 0, 12], list(range(13))):
+        batch = collate(pairs, index, pad_id=0, device=CPU)
+        with torch.no_grad(), policy.as_reference():
+            fresh = hidden_states(policy, batch, embeddings=False).states
+        torch.testing.assert_close(stored.of(batch), fresh, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_states_beyond_the_budget_are_not_kept(policy: Policy) -> None:
+    assert reference_states(policy, random_pairs(4), budget_bytes=10, progress=refuse) is None
+
+
+def refuse(done: int, total: int) -> None:
+    raise AssertionError(f"the base was run: {done} of {total}")
 
 
 def test_micro_batches_hold_every_pair_once_within_the_limits() -> None:

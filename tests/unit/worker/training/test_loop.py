@@ -12,14 +12,16 @@ from core.spec import (
     DivergenceName,
     KernelName,
     KernelTerm,
+    KlSpec,
     LinkTerm,
     MixtureKernelSpec,
     ObjectiveSpec,
     PenaltyTerm,
 )
-from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder
+from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder, ignore_progress
 from worker.training import loop
 from worker.training.resolve import TrainPlan, auto_learning_rate, resolve_plan
+from worker.training.states import reference_states
 
 PLAIN = ObjectiveSpec(beta=0.5)
 PENALTY: TypeAdapter[PenaltyTerm] = TypeAdapter(PenaltyTerm)
@@ -161,6 +163,23 @@ def test_every_pair_trains_and_stays_finite(
     assert recorder.points[1]["divergence/token"] == pytest.approx(0.0, abs=1e-5)
     assert recorder.points[2]["divergence/token"] > 0
     assert all(bool(torch.isfinite(p).all()) for p in bench.weights().values())
+
+
+def test_stored_reference_states_change_nothing_but_the_time(bench: Bench) -> None:
+    spec = ObjectiveSpec(divergence_term=PenaltyTerm(divergence=KlSpec(), alpha=3.0))
+    states = reference_states(
+        bench.policy, bench.pairs, budget_bytes=1 << 30, progress=ignore_progress
+    )
+    curves, weights = [], []
+    for kept in (None, states):
+        recorder = Recorder()
+        bench.train(spec, hooks=recorder, states=kept)
+        curves.append([values["loss"] for values in recorder.points.values()])
+        weights.append(bench.weights())
+    assert len(curves[0]) == 6
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=1e-4)
 
 
 def test_links_and_frozen_embeddings_train(bench: Bench) -> None:
