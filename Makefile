@@ -23,7 +23,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -64,6 +64,9 @@ fmt: setup ## Format the code and apply the safe fixes
 bench-objectives: setup ## Report streamed divergences against whole logits and TRL (FULL=1: measure)
 	@if [[ -n "$${FULL:-}" ]]; then OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives; fi
 	@$(BIN)/python -m bench.report
+
+bench-step: setup ## Time training steps with each penalty against plain DPO's (minutes)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.step
 
 serve: setup ## Start API and workers on this machine (SQLite, no other server)
 	$(BIN)/kdpo serve --model-dir examples/models
