@@ -71,10 +71,9 @@ def parse_arguments() -> argparse.Namespace:
 @contextlib.contextmanager
 def service(options: argparse.Namespace) -> Iterator[tuple[httpx.Client, Path]]:
     """Start the embedded service, yield a client that is logged in, stop it at the end."""
-    folder: Path = options.output.absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "service").mkdir(parents=True)
-    environment = {**os.environ, "KDPO_DATA_DIR": str(folder / "service")}
+    folder = fresh_folder(options.output.absolute())
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("KDPO_")}
+    environment = {**inherited, "KDPO_DATA_DIR": str(folder / "service")}
     kdpo = [sys.executable, "-m", "app"]
     console.rule("1. Start the service (SQLite and a file broker in one folder)")
     subprocess.run([*kdpo, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -100,7 +99,23 @@ def service(options: argparse.Namespace) -> Iterator[tuple[httpx.Client, Path]]:
             yield client, folder
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise DemoError(f"the service did not stop within 60 s; see {log_path}") from None
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Make the demo's folder, in place of an earlier demo's but of nothing else."""
+    marker = folder / ".kdpo-demo"
+    if marker.is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise DemoError(f"{folder} is not empty and no earlier demo made it; name another --output")
+    (folder / "service").mkdir(parents=True)
+    marker.touch()
+    return folder
 
 
 def wait_until_ready(
