@@ -112,12 +112,14 @@ def api(data_dir: DataDir = None, host: Host = None, port: Port = None) -> None:
 
 @app.command()
 def worker(
-    queue: Annotated[QueueName, typer.Option("--queue", help="Which jobs to work on.")],
+    queue: Annotated[
+        list[QueueName], typer.Option("--queue", help="Which jobs to work on; may be given again.")
+    ],
     data_dir: DataDir = None,
 ) -> None:
     """Run one worker in place of this process."""
     _settings(data_dir=data_dir)
-    command = worker_command(queue, parent_pipe=False)
+    command = worker_command(*queue, parent_pipe=False)
     os.execv(command[0], command)  # noqa: S606 - no shell is wanted
 
 

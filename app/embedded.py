@@ -108,7 +108,10 @@ def worker_commands() -> dict[str, Sequence[str]]:
     return {f"{queue.value} worker": worker_command(queue, parent_pipe=True) for queue in QueueName}
 
 
-def worker_command(queue: QueueName, *, parent_pipe: bool) -> list[str]:
-    """Return the command that runs a worker of a queue."""
-    command = [sys.executable, "-m", "worker.main", "--queue", queue.value]
+def worker_command(*queues: QueueName, parent_pipe: bool) -> list[str]:
+    """Return the command that runs one worker of the queues."""
+    # -P: the folder that kdpo is called from must not be searched for modules.
+    command = [sys.executable, "-P", "-m", "worker.main"]
+    for queue in queues:
+        command += ["--queue", queue.value]
     return [*command, "--parent-pipe"] if parent_pipe else command

@@ -31,7 +31,8 @@ class RunnerProcess:
         with (folder / LOG_NAME).open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "worker.runner", "--job", fence.job_id),
+                    # -P: the folder that the worker runs in must not be searched for modules.
+                    *(sys.executable, "-P", "-m", "worker.runner", "--job", fence.job_id),
                     *("--attempt", str(fence.attempt), "--parent", str(os.getpid())),
                 ],
                 stdin=subprocess.PIPE,

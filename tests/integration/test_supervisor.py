@@ -116,3 +116,14 @@ def test_database_that_is_away_does_not_end_the_worker(
     finally:
         database.dispose()
     assert "left for later" in caplog.text
+
+
+def test_runner_does_not_import_from_the_folder_of_the_worker(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("core", "worker"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('poison')\n")
+    monkeypatch.chdir(tmp_path)
+    job_id = drain(stack)
+    assert stack.job(job_id).status is JobStatus.SUCCEEDED, stack.logs()

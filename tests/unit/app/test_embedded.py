@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from app import embedded
-from app.embedded import Supervisor, worker_commands
+from app.embedded import Supervisor, worker_command, worker_commands
+from core.queue import QueueName
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = [
@@ -92,6 +94,24 @@ def test_pipe_breaks_with_the_parent() -> None:
 def test_one_worker_for_each_queue() -> None:
     commands = worker_commands()
     assert [list(c[1:]) for c in commands.values()] == [
-        ["-m", "worker.main", "--queue", "cpu", "--parent-pipe"],
-        ["-m", "worker.main", "--queue", "gpu", "--parent-pipe"],
+        ["-P", "-m", "worker.main", "--queue", "cpu", "--parent-pipe"],
+        ["-P", "-m", "worker.main", "--queue", "gpu", "--parent-pipe"],
     ]
+
+
+def test_worker_serves_several_queues() -> None:
+    command = worker_command(QueueName.CPU, QueueName.GPU, parent_pipe=False)
+    assert command[-4:] == ["--queue", "cpu", "--queue", "gpu"]
+
+
+def test_worker_does_not_import_from_the_folder_it_is_called_in(tmp_path: Path) -> None:
+    for package in ("core", "worker"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('poison')\n")
+    # An unknown queue: the command line is read after all imports, and the worker ends there.
+    command = [*worker_command(QueueName.CPU, parent_pipe=False), "--queue", "none"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "poison" not in ended.stderr
+    assert "invalid choice: 'none'" in ended.stderr
