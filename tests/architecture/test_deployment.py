@@ -19,7 +19,7 @@ from models.session import Database
 from tests.architecture.house_rules import PACKAGES
 
 ROOT = Path(__file__).parents[2]
-OURS = ("migrate", "api", "worker-gpu", "worker-cpu")
+OURS = ("migrate", "api", "worker-gpu", "worker-cpu", "worker-all")
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<word>[^}]*))?\}")
 
 
@@ -127,7 +127,7 @@ def test_only_the_api_is_published_and_only_on_loopback(compose: dict[str, Any])
 
 def test_everything_waits_for_the_migration(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    for name in ("api", "worker-gpu", "worker-cpu"):
+    for name in ("api", "worker-gpu", "worker-cpu", "worker-all"):
         waits = services[name]["depends_on"]
         assert waits["migrate"]["condition"] == "service_completed_successfully"
         assert waits["redis"]["condition"] == "service_healthy"
@@ -152,12 +152,25 @@ def test_services_build_the_right_target_and_read_the_right_queue(compose: dict[
         "api": "api",
         "worker-gpu": "worker",
         "worker-cpu": "worker",
+        "worker-all": "worker",
     }
     queues = {services[f"worker-{queue.value}"]["command"][-1] for queue in QueueName}
     assert queues == {queue.value for queue in QueueName}
     devices = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices[0]["capabilities"] == ["gpu"]
     assert "deploy" not in services["worker-cpu"]
+
+
+def test_every_queue_is_served_without_a_gpu(compose: dict[str, Any]) -> None:
+    service = compose["services"]["worker-all"]
+    assert service["profiles"] == ["cpu-only"]
+    assert "deploy" not in service
+    command, *arguments = service["command"]
+    assert command == "worker"
+    assert arguments == [word for queue in QueueName for word in ("--queue", queue.value)]
+    text = (ROOT / "docker-compose.yml").read_text()
+    for line in text.splitlines():
+        assert "--scale worker-gpu=0" not in line or "--profile cpu-only" in line
 
 
 def test_data_is_shared_and_kept(compose: dict[str, Any]) -> None:
