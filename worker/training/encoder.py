@@ -11,6 +11,7 @@ from transformers import AutoModel
 from core.errors import FailureCode, RunAborted
 from objectives import PairEmbeddings
 from worker.ingest.canonical import CanonicalRow, Message
+from worker.training.model import positions_of
 from worker.training.tokenize import load_tokenizer
 
 BATCH = 32
@@ -46,8 +47,7 @@ def encode_rows(
             hint="an encoder's folder needs config.json, *.safetensors and the tokenizer's files",
         ) from error
     model.to(device).eval()
-    positions = model.config.to_dict().get("max_position_embeddings")
-    limit = min(MAX_TOKENS, positions) if isinstance(positions, int) else MAX_TOKENS
+    limit = min(MAX_TOKENS, positions_of(model.config) or MAX_TOKENS)
     parts = [
         [_text(getattr(row, name)) for row in rows] for name in ("prompt", "chosen", "rejected")
     ]

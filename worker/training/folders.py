@@ -12,6 +12,7 @@ import orjson
 
 from core.errors import KdpoError
 from worker.ingest.files import full_disk_as_error
+from worker.ingest.files import sync_folder as sync_folder
 
 _BLOCK = 1 << 20
 
@@ -135,15 +136,6 @@ def open_sealed(path: Path, *, manifest_name: str, sha256: str | None = None) ->
         manifest=manifest,
         manifest_name=manifest_name,
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:

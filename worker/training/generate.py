@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from core.results import GeneratedSample
 from worker.ingest.canonical import CanonicalRow
 from worker.training.model import Policy
-from worker.training.tokenize import prompt_ids
+from worker.training.tokenize import cut_prompt, prompt_ids
 
 MAX_NEW_TOKENS = 40
 NUM_SAMPLES = 3
@@ -23,7 +23,11 @@ def generate_samples(
     samples = []
     for row in picked:
         limit = min(max_length, policy.max_positions or max_length)
-        ids = prompt_ids(row.prompt, policy.tokenizer)[-max(1, limit - MAX_NEW_TOKENS) :]
+        ids = cut_prompt(
+            prompt_ids(row.prompt, policy.tokenizer),
+            max(1, limit - MAX_NEW_TOKENS),
+            bos=policy.tokenizer.bos_token_id,
+        )
         with policy.as_reference():
             base = _answer(policy, ids)
         samples.append(
@@ -36,11 +40,12 @@ def generate_samples(
 def _answer(policy: Policy, ids: list[int]) -> str:
     tokens = torch.tensor([ids], device=policy.device)
     tokenizer = policy.tokenizer
-    stops = {tokenizer.eos_token_id, policy.causal.generation_config.eos_token_id}
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
-        eos_token_id=_flat(stops) or None,
+        eos_token_id=stop_tokens(
+            tokenizer.eos_token_id, policy.causal.generation_config.eos_token_id
+        ),
         pad_token_id=tokenizer.pad_token_id,
     )
     answer = policy.model.generate(
@@ -49,5 +54,10 @@ def _answer(policy: Policy, ids: list[int]) -> str:
     return str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
-def _flat(values: set[int | None]) -> list[int]:
-    return sorted(value for value in values if value is not None)
+def stop_tokens(*given: int | list[int] | None) -> list[int] | None:
+    """Join what tokenizer and generation config name: one id, several (Llama 3, Qwen) or none."""
+    ids: set[int] = set()
+    for value in given:
+        if value is not None:
+            ids |= set(value) if isinstance(value, list) else {value}
+    return sorted(ids) or None

@@ -11,7 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -61,8 +66,7 @@ class Policy:
     @property
     def max_positions(self) -> int | None:
         """Longest sequence that the model has positions for, if it says."""
-        limit = self.causal.config.to_dict().get("max_position_embeddings")
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return positions_of(self.causal.config)
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, in a stable order."""
@@ -95,6 +99,13 @@ class Policy:
         """Switch the adapter off within the block: the model is the frozen reference."""
         with self.model.disable_adapter():
             yield
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Longest sequence that a configuration has positions for, under whatever name it says so."""
+    # An attribute, not a key: GPT-2 and others store it as n_positions and map the name.
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_policy(folder: Path, *, lora: LoraSpec, device: torch.device) -> Policy:

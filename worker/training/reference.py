@@ -24,7 +24,7 @@ from worker.training.tokenize import TokenizedPair
 TOKEN_SAMPLE = 4096
 FORWARD_PAIRS = 8
 FORWARD_TOKENS = 16_384
-_FORMAT = "kdpo-reference-1"
+_FORMAT = "kdpo-reference-2"
 _TOKENIZER_FILES = frozenset(
     {
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
@@ -140,7 +140,7 @@ def compute_reference(
     responses = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     stride = max(1, math.ceil(responses / TOKEN_SAMPLE))
     sampled: list[Tensor] = []
-    done = 0
+    done, seen = 0, 0
     groups = micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS)
     with policy.as_reference():
         for group in groups:
@@ -161,10 +161,12 @@ def compute_reference(
                 ("entropy", entropy / math.log(policy.head.out_features)),
             ):
                 out[name][rows] = value.float().cpu()
-            sampled.append(scores.log_prob[::stride].float().cpu())
+            # Every stride-th response token of the whole pass, wherever batches end.
+            sampled.append(scores.log_prob[-seen % stride :: stride].float().cpu())
+            seen += scores.log_prob.shape[0]
             done += len(group)
             progress(done, n)
-    return ReferenceTable(**out, token_log_probs=torch.cat(sampled)[:TOKEN_SAMPLE].clone())
+    return ReferenceTable(**out, token_log_probs=torch.cat(sampled))
 
 
 def _combined(files: Sequence[Path]) -> str:

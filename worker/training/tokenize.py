@@ -91,7 +91,8 @@ def tokenize_rows(
 
     The prompt ends with the template's generation prompt, a response holds everything after it,
     the end-of-turn token included. A prompt loses its beginning first (a quarter of `max_length`
-    is left to it), then the response its end. Both responses have the same prompt tokens.
+    is left to it, a BOS token stays), then the response its end. Both responses have the same
+    prompt tokens.
 
     Raises:
         RunAborted: the template refuses a conversation (`dataset_invalid`), naming the row.
@@ -107,7 +108,7 @@ def tokenize_rows(
         room = max(max_length - longest, min(len(prompt), max_length // _PROMPT_SHARE))
         if len(prompt) > room:
             counts["prompts"] += 1
-            prompt = prompt[-room:]
+            prompt = cut_prompt(prompt, room, bos=tokenizer.bos_token_id)
         limit = max_length - len(prompt)
         counts["responses"] += (len(chosen) > limit) + (len(rejected) > limit)
         chosen, rejected = chosen[:limit], rejected[:limit]
@@ -136,6 +137,15 @@ def tokenize_rows(
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt that is to be answered."""
     return _ids(tokenizer, _render(tokenizer, messages, answer_next=True))
+
+
+def cut_prompt(prompt: list[int], room: int, *, bos: int | None) -> list[int]:
+    """Drop a prompt's beginning so that `room` >= 1 tokens are left, a leading `bos` among them."""
+    if len(prompt) <= room:
+        return prompt
+    if bos is not None and prompt[0] == bos and room > 1:
+        return [bos, *prompt[-(room - 1) :]]
+    return prompt[-room:]
 
 
 def _encode(

@@ -15,6 +15,7 @@ from tests.unit.worker.training.micro import (
     random_pairs,
 )
 from worker.training import reference
+from worker.training.generate import stop_tokens
 from worker.training.model import load_policy
 from worker.training.reference import (
     model_sha256,
@@ -117,7 +118,32 @@ def test_the_example_model_loads() -> None:
     assert policy.head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("architecture", ["llama_folder", "gpt2_folder"])
+def test_positions_are_known_by_either_name(
+    architecture: str, request: pytest.FixtureRequest
+) -> None:
+    assert micro_policy(request.getfixturevalue(architecture)).max_positions == 128
+
+
+def test_stop_tokens_may_be_one_several_or_none() -> None:
+    assert stop_tokens(2, [7, 2, 5]) == [2, 5, 7]
+    assert stop_tokens(None, 4) == [4]
+    assert stop_tokens(None, None) is None
+
+
 # ------------------------------------------------------- the reference on disk
+
+
+def test_the_token_sample_is_even_over_all_batches(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "FORWARD_PAIRS", 1)
+    everything = reference.compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
+    tokens = everything.token_log_probs
+    monkeypatch.setattr(reference, "TOKEN_SAMPLE", len(tokens) // 5)
+    sample = reference.compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
+    stride = -(-len(tokens) // (len(tokens) // 5))
+    assert torch.equal(sample.token_log_probs, tokens[::stride])
 
 
 def key_of(bench: Bench, folder: Path) -> str:

@@ -4,7 +4,13 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import FailureCode, RunAborted
 from tests.unit.worker.training.micro import tiny_tokenizer
 from worker.ingest.canonical import CanonicalRow, Message, Pair, Role, Split, canonical_row
-from worker.training.tokenize import PLAIN_TEMPLATE, TokenizedSplit, prompt_ids, tokenize_rows
+from worker.training.tokenize import (
+    PLAIN_TEMPLATE,
+    TokenizedSplit,
+    cut_prompt,
+    prompt_ids,
+    tokenize_rows,
+)
 
 
 def row(prompt: str, chosen: str, rejected: str, *, system: str | None = None) -> CanonicalRow:
@@ -60,6 +66,20 @@ def test_a_template_that_opens_answers_otherwise_shares_what_is_equal() -> None:
     (pair,) = tokens(r, tokenizer=tokenizer).pairs
     for ids, answer in ((pair.chosen, r.chosen), (pair.rejected, r.rejected)):
         assert tokenizer.decode([*pair.prompt, *ids]) == whole(tokenizer, r, answer)
+
+
+def test_a_cut_prompt_keeps_its_first_token_if_that_is_bos() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    long = "one two three four five six seven eight nine ten " * 10
+    (pair,) = tokens(row(long, "yes", "no"), tokenizer=tokenizer, max_length=64).pairs
+    assert pair.prompt[0] == tokenizer.bos_token_id
+    assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) == 64
+    assert cut_prompt([9, 1, 2, 3], 2, bos=9) == [9, 3]
+    assert cut_prompt([9, 1, 2, 3], 1, bos=9) == [3]
+    assert cut_prompt([8, 1, 2, 3], 2, bos=9) == [2, 3]
+    assert cut_prompt([9, 1], 2, bos=9) == [9, 1]
 
 
 def test_prompts_lose_their_beginning_then_responses_their_end() -> None:
