@@ -21,7 +21,8 @@ def celery_config(settings: Settings) -> dict[str, object]:
         "task_default_queue": QueueName.CPU.value,
         "task_create_missing_queues": True,
         "worker_prefetch_multiplier": 1,
-        "worker_enable_remote_control": settings.broker.url is not None,
+        # Nothing here inspects or controls workers, and each control name leaves a file for ever.
+        "worker_enable_remote_control": False,
         "worker_send_task_events": False,
         "worker_hijack_root_logger": False,
         "enable_utc": True,

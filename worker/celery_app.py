@@ -18,8 +18,6 @@ def make_celery(settings: Settings, on_wake: OnWake | None = None) -> Celery:
     """Return the configured app; without `on_wake` it can send wake-ups and not handle them."""
     celery = Celery("kdpo", set_as_current=False)
     celery.conf.update(celery_config(settings))
-    # Nothing here inspects or controls workers, and each control name leaves a file for ever.
-    celery.conf.worker_enable_remote_control = False
     register_tasks(celery, on_wake or _nobody_home)
     make_broker_folders(settings)
     return celery

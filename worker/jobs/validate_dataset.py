@@ -19,10 +19,12 @@ from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
+from worker.ingest.files import sync_folder
 from worker.ingest.limits import apply_process_limits
 from worker.ingest.pipeline import IngestResult, ingest
 
 _FOLDER = "dataset"
+_STEP = "validate"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,15 @@ def run(context: JobContext) -> dict[str, Any]:
     """
     dataset = _load(context)
     source = context.settings.upload_dir / dataset.id
-    if dataset.status is DatasetStatus.VALIDATING:
-        finding = _examine(context, dataset, source)
-        _publish(context, dataset.id, finding)
-        dataset = _load(context)
-    # An earlier attempt may have stored its finding and died before this line.
+    context.plan([_STEP])
+    if context.step_result(_STEP) is None:
+        with context.step(_STEP) as result:
+            # An earlier attempt may have stored its finding and died before its step was done.
+            if dataset.status is DatasetStatus.VALIDATING:
+                finding = _examine(context, dataset, source)
+                _publish(context, dataset.id, finding)
+                dataset = _load(context)
+            result["status"] = dataset.status.value
     source.unlink(missing_ok=True)
     return {"dataset_id": dataset.id, "status": dataset.status.value, "counts": dataset.counts}
 
@@ -155,5 +161,8 @@ def _publish(context: JobContext, dataset_id: str, finding: _Finding) -> None:
         JobRepository(session).guard(context.fence)
         for file in sorted(made.iterdir()) if made.is_dir() else ():
             os.replace(file, place / file.name)
+        # Before the row says that they are there.
+        sync_folder(place)
+        sync_folder(place.parent)
         DatasetRepository(session).record_result(dataset_id, **vars(finding))
     shutil.rmtree(made, ignore_errors=True)
