@@ -7,12 +7,29 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    StatementError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from core.errors import StorageFull, Unavailable
+
+_SQLITE_AWAY = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+_POSTGRES_DISK_FULL = "53100"
+_POSTGRES_NO_TABLE = "42P01"
 
 
 def make_engine(url: str, *, pool_size: int = 10) -> Engine:
@@ -86,12 +103,11 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            text = str(error.orig)
-            if "disk is full" in text or "No space left" in text:
+            if is_disk_full(error):
                 raise StorageFull(
                     "the database has no room left on its disk", hint="free space and try again"
                 ) from error
-            if error.connection_invalidated or "connection" in text.lower() or "locked" in text:
+            if is_away(error):
                 raise Unavailable("the database does not answer; try again shortly") from error
             raise
         except PoolTimeout as error:
@@ -100,3 +116,46 @@ class Database:
     def dispose(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def is_disk_full(error: DBAPIError) -> bool:
+    """Whether the database could not write for want of room."""
+    primary = _sqlite_code(error)
+    if primary is not None:
+        return primary == sqlite3.SQLITE_FULL
+    return _sqlstate(error) == _POSTGRES_DISK_FULL
+
+
+def is_away(error: DBAPIError) -> bool:
+    """Whether the same statement may pass later: the database, not the statement, is at fault."""
+    if error.connection_invalidated:
+        return True
+    if isinstance(error.orig, sqlite3.Error):
+        return _sqlite_code(error) in _SQLITE_AWAY
+    # Of psycopg, these two classes are all about the connection and the server's state.
+    return isinstance(error, OperationalError | InterfaceError)
+
+
+def is_table_missing(error: DBAPIError) -> bool:
+    """Whether the database has not been migrated."""
+    if isinstance(error.orig, sqlite3.Error):
+        # SQLite has no code of its own for it.
+        return str(error.orig).startswith("no such table")
+    return _sqlstate(error) == _POSTGRES_NO_TABLE
+
+
+def is_value_refused(error: Exception) -> bool:
+    """Whether a value can never be stored, so that writing it again is of no use."""
+    if isinstance(error, DBAPIError):
+        return isinstance(error, DataError)
+    return isinstance(error, StatementError)
+
+
+def _sqlite_code(error: DBAPIError) -> int | None:
+    """Return the primary result code, which is the low byte of an extended one."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)

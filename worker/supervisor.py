@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -17,7 +18,7 @@ from core.lifecycle import AttemptOutcome, JobStatus
 from core.queue import QueueName
 from core.settings import Settings
 from models.repositories.jobs import Claim, Fence, JobRepository
-from models.session import Database
+from models.session import Database, is_value_refused
 from worker.outcome import Cancelled, Failed, JobFailure, Outcome, Preempted, Succeeded
 from worker.process import RunnerProcess
 
@@ -267,15 +268,14 @@ class Supervisor:
                 return
             except (Unavailable, StorageFull) as error:
                 _log.warning("job %s: its end waits: %s", fence.job_id, error.message)
-            except Exception:
+            except Exception as error:
+                # Anything but a refused value is tried again: a job that has succeeded must not
+                # fail because of the database. When it never passes, the lease runs out.
                 _log.exception("job %s: its end cannot be stored", fence.job_id)
-                unstorable = _failure(
-                    fence, FailureCode.INTERNAL, "the outcome of the job could not be stored"
-                )
-
-                def write(jobs: JobRepository, error: JobFailure = unstorable) -> None:
-                    self._fail(jobs, fence, error)
-
+                if is_value_refused(error):
+                    message = "the outcome of the job could not be stored"
+                    failure = _failure(fence, FailureCode.INTERNAL, message)
+                    write = partial(self._fail, fence=fence, error=failure)
             now = self._clock.monotonic()
             if self._draining and give_up_at is None:
                 give_up_at = now + self._limits.kill_grace_s

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
 from core.errors import Unavailable
@@ -80,12 +81,26 @@ def test_commit_that_happened_is_not_repeated(
 
 
 def test_outcome_that_cannot_be_stored_fails_the_job(stack: Stack) -> None:
-    job_id = drain(stack, before=ValueError("a text that the database refuses"))
+    job_id = drain(stack, before=DataError("INSERT", {}, ValueError("a NUL in a text")))
     job = stack.job(job_id)
     assert job.status is JobStatus.FAILED
     assert job.error is not None
     assert job.error["code"] == "internal"
     assert "could not be stored" in job.error["message"]
+    stack.assert_one_story(job_id)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("COMMIT", {}, Exception("failed to resolve host 'db'")),
+        RuntimeError("something that nobody has thought of"),
+    ],
+)
+def test_outcome_survives_an_unknown_error_of_the_database(stack: Stack, error: Exception) -> None:
+    job_id = drain(stack, before=error)
+    assert stack.job(job_id).status is JobStatus.SUCCEEDED
+    assert stack.outcomes(job_id) == [AttemptOutcome.SUCCEEDED]
     stack.assert_one_story(job_id)
 
 
