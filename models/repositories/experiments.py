@@ -231,8 +231,15 @@ class ExperimentRepository:
         manifest_sha256: str,
         size_bytes: int,
     ) -> None:
-        """Record a folder from which the run can go on; the job has made progress."""
-        self._jobs.progressed(fence)
+        """Record a folder from which the run can go on.
+
+        The job has made progress when it is further than every point that is known.
+        """
+        known = self.resume_points(fence.job_id, scope)
+        if not known or step > known[0].step:
+            self._jobs.progressed(fence)
+        else:
+            self._jobs.guard(fence)
         self._session.merge(
             ResumePoint(
                 job_id=fence.job_id,
@@ -268,6 +275,18 @@ class ExperimentRepository:
             .returning(ResumePoint.path)
         )
         return list(self._session.execute(dropped).scalars())
+
+    def forget_resume_point(self, fence: Fence, point: ResumePoint) -> None:
+        """Forget one resume point: it was found to be of no use."""
+        self._jobs.guard(fence)
+        self._session.execute(
+            delete(ResumePoint).where(
+                ResumePoint.job_id == fence.job_id,
+                ResumePoint.scope == point.scope,
+                ResumePoint.step == point.step,
+                ResumePoint.attempt == point.attempt,
+            )
+        )
 
     def publish_checkpoint(
         self,

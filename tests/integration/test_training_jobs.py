@@ -21,6 +21,7 @@ from models.repositories.paging import PageQuery
 from models.repositories.steps import StepRepository
 from selection.search import SearchDriver
 from tests.integration.training_world import (
+    Job,
     Killed,
     StopAfter,
     TrainingWorld,
@@ -30,6 +31,8 @@ from tests.integration.training_world import (
 )
 from worker.context import JobContext, Preempted
 from worker.jobs import export, fine_tune, recommend
+from worker.jobs.scopes import ScopeStore
+from worker.training.checkpoint import SavedState
 from worker.training.folders import open_sealed
 from worker.training.optuna_storage import open_storage
 
@@ -179,7 +182,7 @@ def test_a_damaged_resume_point_is_told_and_passed_over(
 ) -> None:
     job_id = world.fine_tune(AUTO)
     with pytest.raises(Preempted):
-        world.attempt(fine_tune.run, stop=StopAfter(24))
+        world.attempt(fine_tune.run, stop=StopAfter(30))
     with world.database.reading() as session:
         experiments = ExperimentRepository(session)
         scope = next(
@@ -197,6 +200,54 @@ def test_a_damaged_resume_point_is_told_and_passed_over(
     with world.database.reading() as session:
         told = [e.message for e in events_after(session, job_id, 0, 1000)]
     assert f"The resume point of `{scope}` at step {points[0].step} is not used." in told
+
+
+def losses_of(world: TrainingWorld, job_id: str) -> int:
+    with world.database.reading() as session:
+        return JobRepository(session).get(world.owner_id, job_id).losses
+
+
+def test_refused_resume_points_are_removed_and_fresh_ones_stay(world: TrainingWorld) -> None:
+    job_id = world.fine_tune({"type": "dpo"})
+
+    def state(step: int) -> SavedState:
+        return SavedState(
+            step=step, epoch=0, offset=0, seconds=0.0, tensors={"t": torch.ones(1)}, window_steps=0
+        )
+
+    def saves(*steps: int, identity: str) -> Job:
+        def job(context: JobContext) -> dict[str, Any]:
+            store = ScopeStore(context, scope="train", identity={"run": identity})
+            assert store.load() is None
+            for step in steps:
+                store.save(state(step))
+            raise Killed
+
+        return job
+
+    def load_and_save(context: JobContext) -> dict[str, Any]:
+        store = ScopeStore(context, scope="train", identity={"run": "new"})
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.step == 4
+        before = losses_of(world, job_id)
+        assert before > 0
+        store.save(loaded)
+        assert losses_of(world, job_id) == before, "the same step again is no progress"
+        store.save(state(5))
+        assert losses_of(world, job_id) == 0
+        raise Killed
+
+    for steps, identity in (((50, 60), "old"), ((2, 3, 4), "new")):
+        with pytest.raises(Killed):
+            world.attempt(saves(*steps, identity=identity))
+    with world.database.reading() as session:
+        points = ExperimentRepository(session).resume_points(job_id, "train")
+    assert [p.step for p in points] == [4, 3]
+    folders = (world.settings.artifact_dir / "jobs" / job_id).glob("a*/resume/train/*")
+    assert sorted(f.name for f in folders) == ["step-000003", "step-000004"]
+    with pytest.raises(Killed):
+        world.attempt(load_and_save)
 
 
 def test_plain_dpo_is_its_own_baseline_and_can_be_merged(world: TrainingWorld) -> None:

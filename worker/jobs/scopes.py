@@ -123,7 +123,11 @@ class ScopeStore:
         self._last = time.monotonic()
 
     def load(self) -> SavedState | None:
-        """Return the furthest point that verifies and belongs to this very run."""
+        """Return the furthest point that verifies and belongs to this very run.
+
+        What is refused on the way is forgotten and removed: it would outrank fresh points when
+        old ones are dropped, and hide that the run makes progress.
+        """
         context = self._context
         with context.database.reading() as session:
             points = ExperimentRepository(session).resume_points(context.fence.job_id, self._scope)
@@ -137,6 +141,9 @@ class ScopeStore:
                     reason=str(error),
                     step=point.step,
                 )
+                with context.transaction() as session:
+                    ExperimentRepository(session).forget_resume_point(context.fence, point)
+                self._remove([point.path])
         return None
 
     def clear(self) -> None:
