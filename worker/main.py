@@ -21,6 +21,8 @@ from core.settings import Settings
 from models.maintenance import Maintenance
 from models.session import Database
 from worker.celery_app import CelerySender, make_broker_folders, make_celery
+from worker.cleanup import PERIOD_S as CLEANUP_S
+from worker.cleanup import Cleanup
 from worker.maintenance import Loop, WorkerUpkeep
 from worker.supervisor import Supervisor
 
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Loop("upkeep", maintenance.tick, period_s=min(maintenance.period_s, limits.reap_s)),
         Loop("worker-row", upkeep.show_alive, period_s=limits.heartbeat_s),
         Loop("sweep", upkeep.sweep, period_s=limits.sweep_s),
+        Loop("cleanup", Cleanup(settings, database).run, period_s=CLEANUP_S),
         Loop("broker-folders", lambda: make_broker_folders(settings), period_s=1.0),
     ]
     if arguments.parent_pipe:

@@ -1,0 +1,211 @@
+"""Cleaning removes what nothing needs, and nothing else."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core.lifecycle import DatasetStatus, JobStatus
+from core.queue import QueueName
+from core.settings import Settings
+from models.repositories.datasets import DatasetRepository
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import Fence, JobRepository
+from models.session import Database
+from tests.unit.models.seeds import Seeds
+from worker.cleanup import STALE_S, Cleanup
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url, pool_size=2)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def seeds(database: Database) -> Seeds:
+    return Seeds(database)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data")
+
+
+def write(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+
+
+def age(path: Path) -> None:
+    then = time.time() - STALE_S - 60
+    os.utime(path, (then, then))
+
+
+def files_under(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def publish(database: Database, seeds: Seeds, fence: Fence, path: str) -> None:
+    with database.transaction() as session:
+        ExperimentRepository(session).publish_checkpoint(
+            fence, owner_id=seeds.owner_id, checkpoint_id=f"ckpt_{fence.job_id[-20:]}",
+            kind="adapter", label="best", step=1, path=path, files=[], manifest_sha256="0" * 64,
+            size_bytes=1, metrics={},
+        )  # fmt: skip
+
+
+def finish(database: Database, fence: Fence) -> None:
+    with database.transaction() as session:
+        JobRepository(session).finish(fence, JobStatus.SUCCEEDED, message="done")
+
+
+def attempt_files(settings: Settings, fence: Fence) -> Path:
+    """Make what an attempt at training leaves; return its folder."""
+    folder = settings.artifact_dir / "jobs" / fence.job_id / f"a{fence.attempt}"
+    write(
+        *(folder / "log.txt", folder / "outcome.json"),
+        *(folder / "checkpoints" / "best" / name for name in ("manifest.json", "sub/weights")),
+        folder / "checkpoints" / "other" / "weights",
+        folder / "checkpoints" / ".tmp-abc" / "weights",
+        folder / "resume" / "train" / "step-10" / "state",
+    )
+    return folder
+
+
+def test_ended_job_keeps_what_it_published_and_how_it_ended(
+    database: Database, seeds: Seeds, settings: Settings
+) -> None:
+    seeds.job()
+    fence = seeds.claimed().fence
+    folder = attempt_files(settings, fence)
+    write(folder.parent / "trials" / "0.json")
+    publish(database, seeds, fence, f"jobs/{fence.job_id}/a1/checkpoints/best")
+    cleanup = Cleanup(settings, database)
+    before = files_under(folder)
+    cleanup.run()
+    assert files_under(folder) == before, "the job still runs"
+    finish(database, fence)
+    cleanup.run()
+    assert files_under(folder) == {
+        *("log.txt", "outcome.json"),
+        *("checkpoints/best/manifest.json", "checkpoints/best/sub/weights"),
+    }
+    assert (folder.parent / "trials" / "0.json").is_file()
+
+
+def test_job_that_goes_on_keeps_its_earlier_attempts(
+    database: Database, seeds: Seeds, settings: Settings
+) -> None:
+    job_id = seeds.job()
+    first = attempt_files(settings, seeds.claimed().fence)
+    before = files_under(first)
+    seeds.expire(job_id)
+    cleanup = Cleanup(settings, database)
+    cleanup.run()
+    with database.transaction() as session:
+        JobRepository(session).reap(max_losses=5, backoff_s=0.0)
+    seeds.make_due()
+    cleanup.run()
+    assert files_under(first) == before, "the job is queued"
+    fence = seeds.claimed().fence
+    assert fence.attempt == 2
+    second = attempt_files(settings, fence)
+    cleanup.run()
+    assert files_under(first) == before, "the second attempt may go on from it"
+    finish(database, fence)
+    cleanup.run()
+    assert files_under(first) == files_under(second) == {"log.txt", "outcome.json"}
+
+
+def test_folders_of_unknown_jobs_are_left_alone(database: Database, settings: Settings) -> None:
+    file = settings.artifact_dir / "jobs" / "ftjob_of_another_database" / "a1" / "state"
+    write(file)
+    age(file)
+    Cleanup(settings, database).run()
+    assert file.is_file()
+
+
+def test_links_are_removed_and_never_followed(
+    database: Database, seeds: Seeds, settings: Settings, tmp_path: Path
+) -> None:
+    write(tmp_path / "elsewhere" / "precious")
+    seeds.job()
+    fence = seeds.claimed().fence
+    folder = attempt_files(settings, fence)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    finish(database, fence)
+    Cleanup(settings, database).run()
+    assert not (folder / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "precious").is_file()
+
+
+def test_uploads_go_when_their_dataset_is_examined(
+    database: Database, seeds: Seeds, settings: Settings
+) -> None:
+    waiting, _ = seeds.dataset_job()
+    examined, _ = seeds.dataset_job()
+    with database.transaction() as session:
+        DatasetRepository(session).record_result(
+            examined, status=DatasetStatus.INVALID, report={}, counts={},
+            canonical_sha256=None, failure={},
+        )  # fmt: skip
+    uploads = settings.upload_dir
+    write(*(uploads / name for name in (waiting, examined, "arriving", "forgotten")))
+    age(uploads / "forgotten")
+    age(uploads / waiting)
+    Cleanup(settings, database).run()
+    assert files_under(uploads) == {waiting, "arriving"}
+
+
+def test_cancelled_validation_leaves_no_upload(
+    database: Database, seeds: Seeds, settings: Settings
+) -> None:
+    dataset_id, job_id = seeds.dataset_job()
+    write(settings.upload_dir / dataset_id)
+    with database.transaction() as session:
+        JobRepository(session).request_cancel(seeds.owner_id, job_id)
+    Cleanup(settings, database).run()
+    assert files_under(settings.upload_dir) == set()
+
+
+def test_forgotten_temporary_files_go(database: Database, settings: Settings) -> None:
+    reference, datasets = settings.artifact_dir / "reference", settings.artifact_dir / "datasets"
+    old = [reference / ".key.17.tmp", reference / ".tmp-x", datasets / "d" / ".rows.a.tmp"]
+    kept = [reference / ".key.18.tmp", reference / "key.safetensors", datasets / "d" / "rows"]
+    write(*old, *kept)
+    for path in (*old, *kept[1:]):
+        age(path)
+    Cleanup(settings, database).run()
+    assert [path for path in (*old, *kept) if path.exists()] == kept
+
+
+def test_data_folder_without_anything_is_no_error(database: Database, settings: Settings) -> None:
+    Cleanup(settings, database).run()
+    assert not settings.root.exists()
+
+
+def test_what_cannot_be_removed_is_said_and_met_again(
+    database: Database, seeds: Seeds, settings: Settings,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seeds.dataset_job()
+    fence = seeds.claimed(QueueName.CPU).fence
+    folder = attempt_files(settings, fence)
+    finish(database, fence)
+    cleanup = Cleanup(settings, database)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", refuse)
+        cleanup.run()
+    assert "resume cannot be removed: Operation not permitted" in caplog.text
+    assert (folder / "resume").is_dir()
+    cleanup.run()
+    assert files_under(folder) == {"log.txt", "outcome.json"}
