@@ -97,6 +97,18 @@ def check_model_dir(folder: Path) -> None:
         InvalidInput: code `model_not_found`, `model_not_safetensors`, `model_needs_remote_code`
             or `model_damaged`.
     """
+    try:
+        _check_files(folder)
+    except OSError as error:
+        raise InvalidInput(
+            f"the model folder {folder} cannot be read: {error.strerror or error}",
+            code="model_not_found",
+            param="model",
+            hint="let the user that kdpo runs as read the folder and its files",
+        ) from error
+
+
+def _check_files(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InvalidInput(
             f"{folder} has no config.json, so it is not a model folder",

@@ -158,13 +158,23 @@ def _as_kdpo_error(error: Exception) -> RunAborted:
 
 
 def _code_of(error: KdpoError) -> FailureCode:
+    """Return the public reason of a job's end for an error that is meant for people."""
     if error.code in {code.value for code in FailureCode}:
         return FailureCode(error.code)
+    if error.code == "model_unreachable":
+        return FailureCode.DEPENDENCY_ERROR
+    if error.code.startswith("model_"):
+        return FailureCode.MODEL_NOT_FOUND
     match error.category:
         case Category.UNAVAILABLE:
             return FailureCode.DEPENDENCY_ERROR
         case Category.STORAGE_FULL:
             return FailureCode.DISK_FULL
+        case (
+            Category.INVALID | Category.MALFORMED | Category.TOO_LARGE | Category.UNSUPPORTED_MEDIA
+        ):
+            # A job's other input was checked when it was made; what is left to refuse is the data.
+            return FailureCode.DATASET_INVALID
         case _:
             return FailureCode.INTERNAL
 

@@ -134,6 +134,9 @@ class JobRepository(JobMoves):
             NotFound: no such job.
             Conflict: the job has already ended otherwise.
         """
+        # Locked, or a job that is just being given back to its queue is neither one that waits
+        # nor one that runs for the two updates below.
+        self._session.get(Job, job_id, with_for_update=True, populate_existing=True)
         job = self.get(owner_id, job_id)
         if job.status is JobStatus.CANCELLED:
             return job

@@ -154,6 +154,13 @@ def test_pickles_are_not_read(model: Path) -> None:
     assert "save_pretrained" in str(error.hint)
 
 
+def test_files_that_cannot_be_read_are_named(model: Path) -> None:
+    (model / "model-2.safetensors").mkdir()  # reading fails even for root
+    with pytest.raises(InvalidInput, match=f"{model} cannot be read: Is a directory") as caught:
+        check_model_dir(model)
+    assert caught.value.code == "model_not_found"
+
+
 def test_folder_without_config_or_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     assert "no tokenizer" in refused(model).message

@@ -339,6 +339,21 @@ def test_cancel_of_a_running_job_travels_with_the_heartbeat(
     assert _cancel(seeds, job_id) is JobStatus.CANCELLED
 
 
+def test_cancel_during_a_requeue_is_not_lost(seeds: Seeds) -> None:
+    job_id = seeds.job()
+    fence = _fence(seeds)
+    with ThreadPoolExecutor(1) as pool:
+        with seeds.database.transaction() as session:
+            JobRepository(session).requeue(
+                fence, AttemptOutcome.PREEMPTED, delay_s=0.0, message="again"
+            )
+            cancelled = pool.submit(_cancel, seeds, job_id)
+            with pytest.raises(TimeoutError):
+                cancelled.result(timeout=0.5)
+        assert cancelled.result(timeout=30) is JobStatus.CANCELLED
+    assert seeds.claim() is None
+
+
 @pytest.mark.parametrize("name", ["requeue", "fail", "lose", "reap"])
 def test_job_to_be_cancelled_is_never_queued_again(
     name: str, database: Database, seeds: Seeds

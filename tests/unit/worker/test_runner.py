@@ -1,5 +1,6 @@
 """What a runner leaves behind, and what it makes of errors."""
 
+import ast
 import errno
 import threading
 from collections.abc import Iterator
@@ -9,16 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from core import errors
 from core.errors import (
     CancelRequested,
     Conflict,
     ErrorDetail,
     FailureCode,
     InvalidInput,
+    KdpoError,
     LeaseLost,
     NotFound,
+    NotPermitted,
     RunAborted,
     StorageFull,
+    TooLarge,
     Unavailable,
 )
 from core.lifecycle import JobKind, Phase
@@ -74,13 +79,49 @@ def run_raising(
     return runner.run_attempt(settings, database, fence, stop=threading.Event())
 
 
+ROOT = Path(__file__).parents[3]
+# What a job's input can be refused for: raised by the models' side and by the ingest.
+_INPUT_SOURCES = ("core/hub.py", "core/modelref.py", "worker/ingest/*.py")
+
+
+def raised_with_code() -> set[tuple[type[KdpoError], str]]:
+    """Return every error class and literal code that the sources of input errors make."""
+    found = set()
+    for file in (file for pattern in _INPUT_SOURCES for file in ROOT.glob(pattern)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            made = getattr(errors, node.func.id, None)
+            if not (isinstance(made, type) and issubclass(made, KdpoError)):
+                continue
+            for keyword in node.keywords:
+                if keyword.arg == "code" and isinstance(keyword.value, ast.Constant):
+                    found.add((made, str(keyword.value.value)))
+    return found
+
+
+def test_no_error_about_input_is_called_internal() -> None:
+    made = raised_with_code()
+    assert len(made) > 8
+    unnamed = {
+        code for cls, code in made if runner._code_of(cls("x", code=code)) is FailureCode.INTERNAL
+    }
+    assert unnamed == set()
+
+
 @pytest.mark.parametrize(
     ("error", "code", "retryable"),
     [
         (RunAborted("x", failure=FailureCode.LOSS_NAN), "loss_nan", False),
         (RunAborted("x", failure=FailureCode.TIME_LIMIT, retryable=True), "time_limit", True),
         (InvalidInput("x", code="model_not_found"), "model_not_found", False),
-        (InvalidInput("x", errors=[ErrorDetail("c", "d")]), "internal", False),
+        (InvalidInput("x", errors=[ErrorDetail("c", "d")]), "dataset_invalid", False),
+        (InvalidInput("x", code="canonical_damaged"), "dataset_invalid", False),
+        (TooLarge("x"), "dataset_invalid", False),
+        (InvalidInput("x", code="model_gated"), "model_gated", False),
+        (InvalidInput("x", code="model_damaged"), "model_not_found", False),
+        (InvalidInput("x", code="model_unreachable", retryable=True), "dependency_error", True),
+        (NotPermitted("x", code="model_not_allowed"), "model_not_found", False),
         (NotFound("x"), "internal", False),
         (Conflict("x"), "internal", False),
         (Unavailable("x"), "dependency_error", True),
