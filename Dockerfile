@@ -56,5 +56,5 @@ RUN python -c "import app.main" \
     && if python -c "import torch" 2>/dev/null; then echo "torch is in the api image" >&2; exit 1; fi
 EXPOSE 8321
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8321/healthz', timeout=4)"]
+    CMD ["python", "-P", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8321/healthz', timeout=4)"]
 CMD ["api", "--host", "0.0.0.0"]
