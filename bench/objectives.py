@@ -66,10 +66,10 @@ SIZES = (
     (256, 150_000),
     (512, 150_000),
     (4096, 150_000),
-    (2048, 32_000),
     (8192, 32_000),
-    (2048, 150_000),
     (8192, 150_000),
+    (2048, 32_000),
+    (2048, 150_000),
 )
 WHOLE_LOGITS_LIMIT = 90_000_000
 """Tokens × vocabulary up to which whole logits are run: their peak is 40 to 90 bytes for each."""

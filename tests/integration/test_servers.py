@@ -110,9 +110,9 @@ def test_servers_die_with_a_killed_test_run(tmp_path: Path) -> None:
         assert _answers(client)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while _answers(client):
-            assert time.monotonic() < deadline, "the server outlived the test run by 10 s"
+            assert time.monotonic() < deadline, "the server outlived the test run by 60 s"
             time.sleep(0.05)
     finally:
         client.close()
