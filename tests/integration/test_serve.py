@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -24,10 +24,11 @@ pytestmark = pytest.mark.e2e
 class Served:
     """A running `kdpo serve` and what it has said."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
         self.output = folder / "stdout"
         self.log = folder / "stderr"
-        environment = {name: v for name, v in os.environ.items() if name[:5] != "KDPO_"}
+        outside = {name: v for name, v in os.environ.items() if name[:5] != "KDPO_"}
+        environment = {**outside, **settings}
         with self.output.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
@@ -59,13 +60,21 @@ class Served:
             return False
 
 
+@contextmanager
+def serving(folder: Path, **settings: str) -> Iterator[Served]:
+    running = Served(folder, **settings)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    running = Served(tmp_path)
-    yield running
-    if running.process.poll() is None:
-        running.process.kill()
-        running.process.wait()
+    with serving(tmp_path) as running:
+        yield running
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see children")
@@ -86,3 +95,15 @@ def test_serve_from_first_key_to_clean_end(served: Served) -> None:
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(WAIT_S) == 0
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_serve_with_a_redis_broker_and_the_database_file(tmp_path: Path, redis_url: str) -> None:
+    with serving(tmp_path, KDPO_BROKER__URL=redis_url) as running:
+        running.until(running.is_ready)
+        found = URL.search(running.output.read_text())
+        assert found is not None
+        assert httpx.get(f"{found.group()}/readyz").json()["broker"]["ok"] is True
+        assert (tmp_path / "data" / "kdpo.db").is_file()
+        assert not (tmp_path / "data" / "broker").exists()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(WAIT_S) == 0
