@@ -24,7 +24,6 @@ from worker.ingest.limits import apply_process_limits
 from worker.ingest.pipeline import IngestResult, ingest
 
 _FOLDER = "dataset"
-_STEP = "validate"
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,11 @@ def run(context: JobContext) -> dict[str, Any]:
     """
     dataset = _load(context)
     source = context.settings.upload_dir / dataset.id
-    context.plan([_STEP])
-    if context.step_result(_STEP) is None:
-        with context.step(_STEP) as result:
-            # An earlier attempt may have stored its finding and died before its step was done.
-            if dataset.status is DatasetStatus.VALIDATING:
-                finding = _examine(context, dataset, source)
-                _publish(context, dataset.id, finding)
-                dataset = _load(context)
-            result["status"] = dataset.status.value
+    if dataset.status is DatasetStatus.VALIDATING:
+        finding = _examine(context, dataset, source)
+        _publish(context, dataset.id, finding)
+        dataset = _load(context)
+    # An earlier attempt may have stored its finding and died before this line.
     source.unlink(missing_ok=True)
     return {"dataset_id": dataset.id, "status": dataset.status.value, "counts": dataset.counts}
 
