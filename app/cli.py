@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 import uvicorn
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
@@ -30,12 +31,13 @@ from core.queue import QueueName
 from core.settings import Mode, Settings
 from models.migrate import upgrade
 from models.repositories.owners import OwnerRepository
-from models.session import Database
+from models.session import Database, is_table_missing
 
 GRACEFUL_S = 10
 # A worker stops its runner within `worker.kill_grace_s`; then it writes down how that ended.
 EXIT_MARGIN_S = 10.0
 FAILURE = 1
+SETTINGS_HINT = "environment variables KDPO_* are the settings"
 
 app = typer.Typer(
     name="kdpo",
@@ -67,9 +69,14 @@ def main() -> NoReturn:
     except ValidationError as error:
         first = error.errors()[0]
         name = "KDPO_" + "__".join(str(part).upper() for part in first["loc"])
-        _fail(f"setting {name}: {first['msg']}", "environment variables KDPO_* are the settings")
+        # A check over several settings has no place of its own; its message names them.
+        where = f"setting {name}" if first["loc"] else "settings"
+        _fail(f"{where}: {first['msg'].removeprefix('Value error, ')}", SETTINGS_HINT)
+    except SettingsError as error:
+        _fail(f"settings: {error}", SETTINGS_HINT)
     except DBAPIError as error:
-        _fail(f"the database refused: {error.orig}", "run `kdpo migrate` first")
+        hint = "run `kdpo migrate` first" if is_table_missing(error) else None
+        _fail(f"the database refused: {error.orig}", hint)
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), None)
     sys.exit(0)

@@ -3,14 +3,17 @@
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from unittest.mock import patch
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from app.cli import main
 
@@ -127,3 +130,37 @@ def test_taken_port_is_said_first(kdpo: Kdpo, tmp_path: Path) -> None:
 def test_unreachable_database(kdpo: Kdpo) -> None:
     url = "postgresql://nobody@127.0.0.1:1/none?connect_timeout=1"
     check_failed(kdpo("migrate", KDPO_DB__URL=url), "database")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"KDPO_MODE": "full"}, "kdpo: settings: "),
+        ({"KDPO_API": "{not json"}, 'kdpo: settings: error parsing value for field "api"'),
+    ],
+)
+def test_settings_that_have_no_one_name(kdpo: Kdpo, environment: dict[str, str], line: str) -> None:
+    done = kdpo("migrate", **environment)
+    check_failed(done, line)
+    assert "Value error" not in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("statement", "hinted"), [("SELECT * FROM absent", True), ("SELECT absent", False)]
+)
+def test_only_a_missing_table_is_a_reason_to_migrate(
+    kdpo: Kdpo, monkeypatch: pytest.MonkeyPatch, statement: str, hinted: bool
+) -> None:
+    memory = closing(sqlite3.connect(":memory:"))
+    with memory as connection, pytest.raises(sqlite3.Error) as caught:
+        connection.execute(statement)
+    wrapped = DBAPIError.instance("SELECT", {}, caught.value, sqlite3.Error)
+
+    def fail(_url: str) -> None:
+        raise wrapped
+
+    monkeypatch.setattr("app.cli.upgrade", fail)
+    done = kdpo("migrate")
+    check_failed(done, "the database refused: no such")
+    assert ("kdpo migrate" in done.stderr) is hinted
