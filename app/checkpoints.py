@@ -4,18 +4,21 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from app.checkpoint_views import CheckpointView, FileView, checkpoint_view
-from app.deps import ID_PATTERN, Config, Db, PageOf, Queue, ReadsArtifacts, WritesArtifacts
+from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Queue, ReadsArtifacts, WritesArtifacts
 from app.downloads import StoredFile, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
 from app.responses import ListOf, conditional, json_response, list_of
-from core.errors import NotFound
+from core.errors import Conflict, NotFound
 from core.lifecycle import JobKind
 from core.spec import SpecModel
+from models.experiment import Checkpoint
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
+from models.session import Database
 
 router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
 
@@ -37,13 +40,14 @@ def list_checkpoints(
     caller: ReadsArtifacts,
     database: Db,
     query: PageOf,
+    lists: Lists,
     job_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
 ) -> ListOf[CheckpointView]:
     """List checkpoints, newest first."""
     with database.reading() as session:
         page = ExperimentRepository(session).checkpoint_page(caller.owner_id, query, job_id=job_id)
         views = [checkpoint_view(row) for row in page.rows]
-    return list_of(views, [view.id for view in views], has_more=page.has_more)
+    return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
 @router.get("/{checkpoint_id}", operation_id="get_checkpoint", response_model=CheckpointView)
@@ -51,8 +55,7 @@ def get_checkpoint(
     request: Request, caller: ReadsArtifacts, database: Db, checkpoint_id: CheckpointId
 ) -> Response:
     """Return one checkpoint."""
-    with database.reading() as session:
-        row = ExperimentRepository(session).checkpoint(caller.owner_id, checkpoint_id)
+    row = _read(database, caller.owner_id, checkpoint_id)
     return conditional(request, checkpoint_view(row))
 
 
@@ -61,8 +64,7 @@ def list_checkpoint_files(
     caller: ReadsArtifacts, database: Db, checkpoint_id: CheckpointId
 ) -> ListOf[FileView]:
     """List all files of a checkpoint with sizes and hashes."""
-    with database.reading() as session:
-        row = ExperimentRepository(session).checkpoint(caller.owner_id, checkpoint_id)
+    row = _read(database, caller.owner_id, checkpoint_id)
     files = [
         FileView(
             path=str(file["path"]),
@@ -100,8 +102,7 @@ async def download_checkpoint_file(
     path: Annotated[str, Path(max_length=512)],
 ) -> Response:
     """Send one file; ETag and Repr-Digest are its SHA-256, one byte range may be asked for."""
-    with database.reading() as session:
-        row = ExperimentRepository(session).checkpoint(caller.owner_id, checkpoint_id)
+    row = await run_in_threadpool(_read, database, caller.owner_id, checkpoint_id)
     for file in row.files:
         if file["path"] == path:
             return await file_response(
@@ -135,6 +136,13 @@ def export_checkpoint(
     """Queue the export of a checkpoint as one model that needs no adapter."""
     with database.transaction() as session:
         row = ExperimentRepository(session).checkpoint(caller.owner_id, checkpoint_id)
+        if row.kind != "adapter":
+            raise Conflict(
+                f"checkpoint {row.id} is of kind {row.kind!r}; only an adapter can be merged into "
+                "its base model",
+                code="checkpoint_not_adapter",
+                hint="a merged checkpoint needs no export: download its files",
+            )
         jobs = JobRepository(session)
         source = jobs.get(caller.owner_id, row.job_id)
         job = jobs.create(
@@ -146,3 +154,8 @@ def export_checkpoint(
         view = any_job(session, job)
     relay_now(database, queue)
     return json_response(view, status=202, headers={"Location": f"/v1/jobs/{view.id}"})
+
+
+def _read(database: Database, owner_id: str, checkpoint_id: str) -> Checkpoint:
+    with database.reading() as session:
+        return ExperimentRepository(session).checkpoint(owner_id, checkpoint_id)

@@ -23,6 +23,7 @@ from app.deps import (
     ID_PATTERN,
     Config,
     Db,
+    Lists,
     PageOf,
     Patience,
     Prefer,
@@ -32,7 +33,7 @@ from app.deps import (
 )
 from app.errors import problem_response, status_of, validation_detail
 from app.queue import relay_now
-from app.responses import ListOf, conditional, json_response, list_of, wait_until
+from app.responses import ListOf, conditional, json_response, list_of, next_page, wait_until
 from app.uploads import Upload, receive_upload
 from core.errors import Conflict, InvalidInput, UnsupportedMedia
 from core.ids import IdPrefix, new_id
@@ -236,12 +237,14 @@ def _refused(request: Request, view: DatasetView, failure: Failure) -> Response:
 
 
 @router.get("", operation_id="list_datasets")
-def list_datasets(caller: ReadsDatasets, database: Db, query: PageOf) -> ListOf[DatasetView]:
+def list_datasets(
+    caller: ReadsDatasets, database: Db, query: PageOf, lists: Lists
+) -> ListOf[DatasetView]:
     """List datasets, newest first."""
     with database.reading() as session:
         page = DatasetRepository(session).page(caller.owner_id, query)
         views = [dataset_view(row) for row in page.rows]
-    return list_of(views, [view.id for view in views], has_more=page.has_more)
+    return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
 @router.get("/{dataset_id}", operation_id="get_dataset", response_model=DatasetView)
@@ -269,6 +272,7 @@ def get_dataset_report(
     responses={200: {"content": {"application/jsonl": {}}}},
 )
 def list_dataset_rows(
+    request: Request,
     caller: ReadsDatasets,
     database: Db,
     settings: Config,
@@ -293,7 +297,7 @@ def list_dataset_rows(
         return FileResponse(path, media_type="application/jsonl", filename=f"{view}.jsonl")
     rows = _rows(path, after=after, limit=limit + 1)
     page = list_of(rows[:limit], [str(r.number) for r in rows[:limit]], has_more=len(rows) > limit)
-    return json_response(page)
+    return json_response(page, headers=next_page(request, page))
 
 
 def _rows(path: FilePath, *, after: int, limit: int) -> list[RowView]:

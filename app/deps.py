@@ -2,11 +2,11 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Header, Query, Request, Response
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.params import Query as QueryParam
 from fastapi.routing import APIRoute
@@ -14,12 +14,14 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.keys import Scope, hash_key
 from app.queue import CeleryQueue
+from app.responses import ListOf, list_of, next_page
 from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
 from core.settings import Settings
 from models.repositories.owners import OwnerRepository
 from models.repositories.paging import PageQuery
 from models.session import Database
 
+T = TypeVar("T")
 DEFAULT_OWNER = "default"
 # What reaches the database: Postgres refuses NUL in any text.
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
@@ -181,6 +183,28 @@ def page_query(
 
 
 PageOf = Annotated[PageQuery, Depends(page_query)]
+
+
+@dataclass(frozen=True)
+class Lister:
+    """Makes the answer of an endpoint that lists, with the `Link` header to its next page."""
+
+    request: Request
+    response: Response
+
+    def page(self, items: Sequence[T], ids: Sequence[str], *, has_more: bool) -> ListOf[T]:
+        """Return a page of objects with their ids."""
+        page = list_of(items, ids, has_more=has_more)
+        self.response.headers.update(next_page(self.request, page))
+        return page
+
+
+def lister(request: Request, response: Response) -> Lister:
+    """Return what makes the answer of an endpoint that lists."""
+    return Lister(request, response)
+
+
+Lists = Annotated[Lister, Depends(lister)]
 
 
 @dataclass(frozen=True)

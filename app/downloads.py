@@ -106,7 +106,8 @@ async def file_response(request: Request, file: StoredFile) -> Response:
         kept = ("ETag", "Cache-Control")
         return Response(status_code=304, headers={name: headers[name] for name in kept})
     wanted = request.headers.get("range")
-    if request.headers.get("if-range", file.etag) != file.etag:
+    # Ranges are for GET only (RFC 9110, 14.2).
+    if request.method != "GET" or request.headers.get("if-range", file.etag) != file.etag:
         wanted = None
     try:
         part = parse_range(wanted, file.size_bytes)
@@ -127,7 +128,7 @@ async def file_response(request: Request, file: StoredFile) -> Response:
     status = 200 if part is None else 206
     if request.method == "HEAD":
         os.close(handle)
-        return Response(status_code=status, headers=headers)
+        return Response(headers=headers)
     return StreamingResponse(_chunks(handle, sent), status_code=status, headers=headers)
 
 

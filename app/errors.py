@@ -143,8 +143,8 @@ def problem_response(
     """Return the one error body of kdpo."""
     request_id = str(request.scope.get(REQUEST_ID, "req_unknown"))
     body = {
-        "type": f"{_public_url(request)}/problems/{code}",
-        "title": code.replace("_", " ").capitalize(),
+        "type": f"{public_url(request)}/problems/{code}",
+        "title": title_of(code),
         "status": status,
         "detail": detail,
         "instance": f"/requests/{request_id}",
@@ -176,6 +176,11 @@ def problem_response(
         media_type=PROBLEM_TYPE,
         headers={"x-request-id": request_id, **_standing_headers(status), **(headers or {})},
     )
+
+
+def title_of(code: str) -> str:
+    """Return the title of an error code, the same wherever it comes up (RFC 9457, 3.1.3)."""
+    return code.replace("_", " ").capitalize()
 
 
 def kdpo_problem(
@@ -344,6 +349,7 @@ def _param(location: Sequence[str | int]) -> str | None:
     return names[0] if names else None
 
 
-def _public_url(request: Request) -> str:
+def public_url(request: Request) -> str:
+    """Return where clients reach this service, without a slash at its end."""
     url: str | None = request.app.state.settings.api.public_url
     return (url or str(request.base_url)).rstrip("/")

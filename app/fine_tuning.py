@@ -6,19 +6,30 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
-from app.deps import ID_PATTERN, TEXT_PATTERN, Config, Db, PageOf, Queue, ReadsJobs, WritesJobs
+from app.deps import (
+    ID_PATTERN,
+    TEXT_PATTERN,
+    Config,
+    Db,
+    Lists,
+    PageOf,
+    Queue,
+    ReadsJobs,
+    WritesJobs,
+)
 from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
 from app.jobs import (
     EventCursor,
     EventLimit,
     EventOrder,
     JobId,
+    NoOptions,
     Scope,
     read_events,
     read_metrics,
 )
 from app.queue import relay_now
-from app.responses import ListOf, conditional, list_of
+from app.responses import ListOf, conditional
 from core.hub import resolve
 from core.lifecycle import JobKind, JobStatus
 from core.methods import AutoMethod, KernelDpoMethod, Method
@@ -124,6 +135,7 @@ def list_fine_tuning_jobs(
     caller: ReadsJobs,
     database: Db,
     query: PageOf,
+    lists: Lists,
     status: JobStatus | None = None,
     dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
     model: Annotated[str | None, Query(max_length=512, pattern=TEXT_PATTERN)] = None,
@@ -139,7 +151,7 @@ def list_fine_tuning_jobs(
             model=model,
         )
         jobs = [fine_tuning_job(session, job) for job in page.rows]
-    return list_of(jobs, [job.id for job in jobs], has_more=page.has_more)
+    return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 
 @router.get("/{job_id}", operation_id="get_fine_tuning_job", response_model=FineTuningJob)
@@ -150,11 +162,13 @@ def get_fine_tuning_job(
     with database.reading() as session:
         job = JobRepository(session).get(caller.owner_id, job_id, kind=JobKind.TRAINING)
         view = fine_tuning_job(session, job)
-    return conditional(request, view, version=view.etag)
+    return conditional(request, view)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
-def cancel_fine_tuning_job(caller: WritesJobs, database: Db, job_id: JobId) -> FineTuningJob:
+def cancel_fine_tuning_job(
+    caller: WritesJobs, database: Db, job_id: JobId, _body: NoOptions | None = None
+) -> FineTuningJob:
     """Cancel a job: at once when it is queued, at its next step when it runs."""
     with database.transaction() as session:
         jobs = JobRepository(session)
@@ -167,27 +181,28 @@ def list_fine_tuning_events(
     caller: ReadsJobs,
     database: Db,
     job_id: JobId,
+    lists: Lists,
     limit: EventLimit = 20,
     after: EventCursor = None,
-    order: EventOrder = "asc",
+    order: EventOrder = "desc",
 ) -> ListOf[EventView]:
-    """List events of a job, oldest first unless `order=desc`."""
+    """List events of a job, newest first unless `order=asc`."""
     return read_events(
-        database, caller.owner_id, job_id, limit=limit, after=after, order=order,
+        lists, database, caller.owner_id, job_id, limit=limit, after=after, order=order,
         kind=JobKind.TRAINING,
     )  # fmt: skip
 
 
 @router.get("/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")
 def list_fine_tuning_checkpoints(
-    caller: ReadsJobs, database: Db, query: PageOf, job_id: JobId
+    caller: ReadsJobs, database: Db, query: PageOf, lists: Lists, job_id: JobId
 ) -> ListOf[CheckpointView]:
     """List the checkpoints of a job, newest first."""
     with database.reading() as session:
         JobRepository(session).get(caller.owner_id, job_id, kind=JobKind.TRAINING)
         page = ExperimentRepository(session).checkpoint_page(caller.owner_id, query, job_id=job_id)
         views = [checkpoint_view(row) for row in page.rows]
-    return list_of(views, [view.id for view in views], has_more=page.has_more)
+    return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
 @router.get("/{job_id}/metrics", operation_id="get_fine_tuning_metrics")

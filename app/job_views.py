@@ -98,12 +98,6 @@ class JobView(Schema):
     metadata: dict[str, str]
     error: JobError | None
 
-    @property
-    def etag(self) -> str:
-        """The version of what is shown: a queued job's place changes without the job."""
-        place = "" if self.queue.position is None else f".{self.queue.ahead}"
-        return f"{self.version}{place}"
-
 
 class AnyJob(JobView):
     """A job of any kind with its result as it was stored."""

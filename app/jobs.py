@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from app.deps import ID_PATTERN, TEXT_PATTERN, Db, PageOf, ReadsJobs, WritesJobs
+from app.deps import ID_PATTERN, TEXT_PATTERN, Db, Lister, Lists, PageOf, ReadsJobs, WritesJobs
 from app.job_views import (
     AnyJob,
     EventView,
@@ -14,10 +14,11 @@ from app.job_views import (
     event_view,
     metrics_view,
 )
-from app.responses import ListOf, conditional, list_of
+from app.responses import ListOf, conditional
 from core.errors import InvalidInput
 from core.ids import IdPrefix
 from core.lifecycle import JobKind, JobStatus
+from core.spec import SpecModel
 from models.repositories.events import events_after, events_before, seq_of
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
@@ -37,11 +38,16 @@ Scope = Annotated[
 ]
 
 
+class NoOptions(SpecModel):
+    """The body of a cancel: none, or an empty object; there is nothing to choose."""
+
+
 @router.get("", operation_id="list_jobs")
 def list_jobs(
     caller: ReadsJobs,
     database: Db,
     query: PageOf,
+    lists: Lists,
     kind: JobKind | None = None,
     status: JobStatus | None = None,
     dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
@@ -53,7 +59,7 @@ def list_jobs(
             caller.owner_id, query, kind=kind, status=status, dataset_id=dataset_id, model=model
         )
         jobs = [any_job(session, job) for job in page.rows]
-    return list_of(jobs, [job.id for job in jobs], has_more=page.has_more)
+    return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 
 @router.get("/{job_id}", operation_id="get_job", response_model=AnyJob)
@@ -61,11 +67,13 @@ def get_job(request: Request, caller: ReadsJobs, database: Db, job_id: JobId) ->
     """Return one job; its ETag makes polling cheap."""
     with database.reading() as session:
         view = any_job(session, JobRepository(session).get(caller.owner_id, job_id))
-    return conditional(request, view, version=view.etag)
+    return conditional(request, view)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202)
-def cancel_job(caller: WritesJobs, database: Db, job_id: JobId) -> AnyJob:
+def cancel_job(
+    caller: WritesJobs, database: Db, job_id: JobId, _body: NoOptions | None = None
+) -> AnyJob:
     """Cancel a job: at once when it is queued, at its next step when it runs."""
     with database.transaction() as session:
         return any_job(session, JobRepository(session).request_cancel(caller.owner_id, job_id))
@@ -76,12 +84,15 @@ def list_job_events(
     caller: ReadsJobs,
     database: Db,
     job_id: JobId,
+    lists: Lists,
     limit: EventLimit = 20,
     after: EventCursor = None,
-    order: EventOrder = "asc",
+    order: EventOrder = "desc",
 ) -> ListOf[EventView]:
-    """List events of a job, oldest first unless `order=desc`."""
-    return read_events(database, caller.owner_id, job_id, limit=limit, after=after, order=order)
+    """List events of a job, newest first unless `order=asc`."""
+    return read_events(
+        lists, database, caller.owner_id, job_id, limit=limit, after=after, order=order
+    )
 
 
 @router.get("/{job_id}/metrics", operation_id="get_job_metrics")
@@ -93,6 +104,7 @@ def get_job_metrics(
 
 
 def read_events(
+    lists: Lister,
     database: Database,
     owner_id: str,
     job_id: str,
@@ -117,7 +129,7 @@ def read_events(
             case "desc":
                 rows = events_before(session, job_id, seq, limit + 1)
         events = [event_view(event) for event in rows[:limit]]
-    return list_of(events, [event.id for event in events], has_more=len(rows) > limit)
+    return lists.page(events, [event.id for event in events], has_more=len(rows) > limit)
 
 
 def read_metrics(

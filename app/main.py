@@ -9,11 +9,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from app import errors, health
+from app import errors, health, problems
 from app.api import v1_router
 from app.deps import DEFAULT_OWNER
 from app.middleware import BodyLimit, RequestLog
-from app.openapi import KdpoApi
+from app.openapi import PROBLEM_RESPONSES, KdpoApi
 from app.queue import CeleryQueue
 from app.uploads import remove_stale_parts
 from core.settings import Settings
@@ -68,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestLog)
     errors.install(app)
     app.include_router(health.router)
+    app.include_router(problems.router, responses=PROBLEM_RESPONSES)
     app.include_router(v1_router())
     return app
 

@@ -7,7 +7,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from core.broker import broker_folders, celery_config
-from core.errors import Unavailable
+from core.errors import StorageFull, Unavailable
 from core.queue import QueueName, TaskName
 from core.settings import Settings
 from models.outbox import relay_once
@@ -72,7 +72,8 @@ def relay_now(database: Database, queue: CeleryQueue) -> None:
     """Send what a request has just committed; when that fails, the outbox keeps it for later."""
     try:
         relay_once(database, queue)
-    except Unavailable as error:
+    except (Unavailable, StorageFull) as error:
+        # The request is committed: whatever hinders the wake-up must not make it fail.
         _log.warning("a wake-up waits in the outbox: %s", error.message)
 
 

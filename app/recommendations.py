@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app.deps import ID_PATTERN, Config, Db, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
+from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
 from app.fine_tuning import DatasetId, Metadata, ModelName, Seed
 from app.job_views import JobError, Progress, QueuePlace, job_error, progress_view
 from app.queue import relay_now
@@ -16,7 +16,6 @@ from app.responses import (
     Schema,
     conditional,
     json_response,
-    list_of,
     unix,
     wait_until,
 )
@@ -118,14 +117,14 @@ async def create_recommendation(
 
 @router.get("", operation_id="list_recommendations")
 def list_recommendations(
-    caller: ReadsJobs, database: Db, query: PageOf
+    caller: ReadsJobs, database: Db, query: PageOf, lists: Lists
 ) -> ListOf[RecommendationView]:
     """List the recommendations that were asked for, newest first."""
     with database.reading() as session:
         page = JobRepository(session).page(caller.owner_id, query, kind=JobKind.RECOMMENDATION)
         experiments = ExperimentRepository(session)
         views = [_view(session, job, experiments.recommendation_of(job.id)) for job in page.rows]
-    return list_of(views, [view.id for view in views], has_more=page.has_more)
+    return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
 @router.get(

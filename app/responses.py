@@ -9,6 +9,9 @@ import anyio
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import URL
+
+from app.errors import public_url
 
 T = TypeVar("T")
 POLL_FIRST_S = 0.05
@@ -41,6 +44,16 @@ def list_of(items: Sequence[T], ids: Sequence[str], *, has_more: bool) -> ListOf
     )
 
 
+def next_page(request: Request, page: ListOf[T]) -> dict[str, str]:
+    """Return the `Link` header (RFC 8288) to the page behind this one; nothing on the last."""
+    if not page.has_more:
+        return {}
+    backwards = "before" in request.query_params and "after" not in request.query_params
+    cursor = {"before": page.first_id} if backwards else {"after": page.last_id}
+    url = URL(f"{public_url(request)}{request.url.path}?{request.url.query}")
+    return {"Link": f'<{url.include_query_params(**cursor)}>; rel="next"'}
+
+
 def unix(seconds: float | None) -> int | None:
     """Return a time as whole unix seconds."""
     return None if seconds is None else int(seconds)
@@ -58,14 +71,10 @@ def json_response(
     )
 
 
-def conditional(request: Request, body: BaseModel, *, version: str | None = None) -> Response:
-    """Return an object with its weak ETag, or 304 when the client has this version already.
-
-    Without a version the ETag is a hash of the content.
-    """
+def conditional(request: Request, body: BaseModel) -> Response:
+    """Return an object with its weak ETag, or 304 when the client has this very content already."""
     content = body.model_dump_json()
-    if version is None:
-        version = hashlib.sha256(content.encode()).hexdigest()[:32]
+    version = hashlib.sha256(content.encode()).hexdigest()[:32]
     etag = f'W/"{version}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if etag_matches(request.headers.get("if-none-match"), etag):

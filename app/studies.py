@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 
-from app.deps import ID_PATTERN, Db, PageOf, ReadsJobs
-from app.responses import ListOf, Schema, conditional, list_of, unix
+from app.deps import ID_PATTERN, Db, Lists, PageOf, ReadsJobs
+from app.responses import ListOf, Schema, conditional, unix
 from core.lifecycle import EndedBy, JobStatus, TrialStatus
 from models.experiment import TrialRow
 from models.repositories.experiments import ExperimentRepository
@@ -78,7 +78,7 @@ def get_study(request: Request, caller: ReadsJobs, database: Db, study_id: Study
 
 @router.get("/{study_id}/trials", operation_id="list_trials")
 def list_trials(
-    caller: ReadsJobs, database: Db, query: PageOf, study_id: StudyId
+    caller: ReadsJobs, database: Db, query: PageOf, lists: Lists, study_id: StudyId
 ) -> ListOf[TrialView]:
     """List the trials of a search, newest first unless `order=asc`."""
     with database.reading() as session:
@@ -86,7 +86,7 @@ def list_trials(
         study = experiments.study(caller.owner_id, study_id)
         page = experiments.trial_page(study.id, query)
         views = [_trial(row) for row in page.rows]
-    return list_of(views, [view.id for view in views], has_more=page.has_more)
+    return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
 def _trial(row: TrialRow) -> TrialView:

@@ -226,7 +226,7 @@ class World:
         self.finish(fence, result=training_result(checkpoint_id).model_dump(mode="json"))
         return {"recommendation": row.id, "study": study.id, "checkpoint": checkpoint_id}
 
-    def publish(self, fence: Fence, contents: dict[str, bytes]) -> str:
+    def publish(self, fence: Fence, contents: dict[str, bytes], *, kind: str = "adapter") -> str:
         checkpoint_id = f"ckpt_{fence.job_id[-10:]}"
         folder = self.settings.artifact_dir / "checkpoints" / checkpoint_id
         for name, data in contents.items():
@@ -239,7 +239,7 @@ class World:
         with self.database.transaction() as session:
             job = session.get_one(JobRow, fence.job_id)
             ExperimentRepository(session).publish_checkpoint(
-                fence, owner_id=job.owner_id, checkpoint_id=checkpoint_id, kind="adapter",
+                fence, owner_id=job.owner_id, checkpoint_id=checkpoint_id, kind=kind,
                 label="best", step=2, path=f"checkpoints/{checkpoint_id}", files=files,
                 manifest_sha256="0" * 64, size_bytes=sum(map(len, contents.values())), metrics={},
             )  # fmt: skip

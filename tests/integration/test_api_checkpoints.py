@@ -3,15 +3,19 @@
 import base64
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.orm import Session
 
 from core.lifecycle import JobKind
 from models.job import Job
+from models.session import Database
 from tests.integration.api_world import MODEL, World, running_api
 from tests.integration.test_api import check_problem
 
@@ -39,6 +43,38 @@ def shared(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def stored(shared: World) -> str:
     shared.training_job(shared.dataset())
     return shared.publish(shared.claim(JobKind.TRAINING), CONTENTS)
+
+
+def test_merged_checkpoint_is_not_exported(world: World) -> None:
+    world.training_job(world.dataset())
+    merged = world.publish(world.claim(JobKind.TRAINING), CONTENTS, kind="merged")
+    answer = world.post(f"/v1/checkpoints/{merged}/export", json={"merge": True})
+    check_problem(answer, 409, "checkpoint_not_adapter")
+    assert world.get("/v1/jobs?kind=export").json()["data"] == []
+
+
+def test_head_ignores_a_range(shared: World, stored: str) -> None:
+    for asked in ("bytes=1-3", f"bytes={len(BIG)}-"):
+        head = shared.client.head(url_of(stored), headers={**shared.headers(), "Range": asked})
+        assert head.status_code == 200
+        assert head.headers["content-length"] == str(len(BIG))
+        assert "content-range" not in head.headers
+
+
+def test_download_reads_the_database_beside_the_event_loop(
+    shared: World, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    reading = Database.reading
+
+    def noted(database: Database) -> AbstractContextManager[Session]:
+        threads.append(threading.current_thread().name)
+        return reading(database)
+
+    monkeypatch.setattr(Database, "reading", noted)
+    assert shared.get(url_of(stored, "empty")).status_code == 200
+    assert len(threads) >= 2
+    assert all(name.startswith("AnyIO worker") for name in threads), threads
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from core.errors import StorageFull, Unavailable
 from core.lifecycle import JobKind, JobStatus, Phase
 from core.methods import KernelDpoMethod
 from core.modelref import ModelRef
@@ -266,22 +267,83 @@ def test_events_from_any_cursor_in_both_orders(world: World, path: str) -> None:
     job = world.training_job(dataset)["id"]
     world.train(job)
     url = f"{path}/{job}/events"
-    events: list[dict[str, Any]] = world.get(f"{url}?limit=100").json()["data"]
+    events: list[dict[str, Any]] = world.get(f"{url}?order=asc&limit=100").json()["data"]
     assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
     assert events[0]["type"] == "job.status"
     assert events[0]["object"] == "fine_tuning.job.event"
     assert events[-1]["type"] == "done"
-    by_seq = world.get(f"{url}?after=3&limit=2").json()
+    by_seq = world.get(f"{url}?order=asc&after=3&limit=2").json()
     assert [e["seq"] for e in by_seq["data"]] == [4, 5]
     assert by_seq["has_more"] is True
-    by_id = world.get(f"{url}?after={events[2]['id']}&limit=2").json()
+    by_id = world.get(f"{url}?order=asc&after={events[2]['id']}&limit=2").json()
     assert by_id == by_seq
-    newest = world.get(f"{url}?order=desc&limit=2").json()["data"]
+    newest = world.get(f"{url}?limit=2").json()["data"]
     assert [e["seq"] for e in newest] == [len(events), len(events) - 1]
-    older = world.get(f"{url}?order=desc&after={newest[-1]['id']}&limit=1").json()["data"]
+    older = world.get(f"{url}?after={newest[-1]['id']}&limit=1").json()["data"]
     assert older[0]["seq"] == len(events) - 2
     check_problem(world.get(f"{url}?after=x"), 422, "invalid_input")
     check_problem(world.get(f"{url}?after=evt_unknown"), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/fine_tuning/jobs"])
+def test_cancel_takes_no_options(world: World, path: str) -> None:
+    job = world.training_job(world.dataset())["id"]
+    url = f"{path}/{job}/cancel"
+    body = check_problem(world.post(url, json={"force": True}), 422, "invalid_input")
+    assert body["errors"][0]["pointer"] == "/force"
+    assert world.get(f"{path}/{job}").json()["status"] == "queued"
+    assert world.post(url, json={}).json()["status"] == "cancelled"
+    assert world.post(url).json()["status"] == "cancelled"
+
+
+def test_etag_of_a_job_changes_with_its_heartbeat(world: World) -> None:
+    job = world.training_job(world.dataset())["id"]
+    fence = world.claim(JobKind.TRAINING)
+    with world.database.transaction() as session:
+        session.get_one(Job, job).heartbeat_at = 1.0
+    for path in ("/v1/jobs", "/v1/fine_tuning/jobs"):
+        etag = world.get(f"{path}/{job}").headers["etag"]
+        with world.database.transaction() as session:
+            JobRepository(session).heartbeat(fence, lease_s=60.0)
+        fresh = world.get(f"{path}/{job}", headers={"If-None-Match": etag})
+        assert fresh.status_code == 200
+        assert fresh.json()["heartbeat_at"] > 1
+        with world.database.transaction() as session:
+            session.get_one(Job, job).heartbeat_at = 1.0
+
+
+@pytest.mark.parametrize("query", ["limit=2", "order=asc&limit=2", "order=asc&limit=2&before=zzz"])
+def test_link_leads_through_all_pages(world: World, query: str) -> None:
+    job = world.training_job(world.dataset())["id"]
+    for _ in range(4):
+        world.dataset()
+    lists = [f"/v1/datasets?{query}"]
+    if "before" not in query:
+        world.train(job)
+        lists.append(f"/v1/jobs/{job}/events?{query}")
+    for first in lists:
+        url: str | None = first
+        seen: list[str] = []
+        while url is not None:
+            answer = world.get(url)
+            page = answer.json()
+            seen += [item["id"] for item in page["data"]]
+            url = answer.links.get("next", {}).get("url")
+            assert (url is not None) is page["has_more"]
+        assert len(seen) == len(set(seen)) >= 5
+
+
+@pytest.mark.parametrize("error", [StorageFull("full"), Unavailable("away")])
+def test_committed_request_succeeds_though_its_wake_up_cannot_be_sent(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    dataset = world.dataset()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("app.queue.relay_once", fail)
+    assert world.training_job(dataset)["status"] == "queued"
 
 
 def test_metrics(world: World) -> None:

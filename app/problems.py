@@ -1,0 +1,75 @@
+"""What every error code means, at the address that a problem's `type` names."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from app.errors import title_of
+from app.responses import Schema
+from core.errors import NotFound
+
+router = APIRouter(prefix="/problems", tags=["problems"])
+
+EXPLANATIONS = {
+    "broker_unavailable": "The message broker does not answer. Work is kept and sent later.",
+    "cancel_requested": "The job was asked to stop.",
+    "canonical_damaged": "The stored rows of a dataset have changed on disk. Upload it again.",
+    "checkpoint_corrupt": "A file of the checkpoint is not the one that was published.",
+    "checkpoint_not_adapter": "Only an adapter can be merged into its base model.",
+    "conflict": "The object is in a state that does not allow this request.",
+    "corrupt_gzip": "The gzip stream is damaged. Compress the file again.",
+    "dataset_invalid": "Too few rows of the dataset can become preference pairs; its report lists "
+    "the faults with their lines.",
+    "dataset_not_ready": "The dataset is still being validated, or was found invalid.",
+    "decompression_bomb": "The compressed file grows far more than preference data do.",
+    "dependency_error": "Something that the job needs (the hub, the database) did not answer.",
+    "disk_full": "The disk of the server has no room left.",
+    "empty_file": "The file has no rows.",
+    "file_too_large": "The file is larger than this server takes.",
+    "http_error": "The request does not follow HTTP; the detail says how.",
+    "internal": "kdpo failed in a way that it should not. The server's log has the reason.",
+    "invalid_api_key": "The API key is unknown, revoked or expired.",
+    "invalid_input": "The request can be read and says something that cannot be done; `errors` "
+    "points at each place.",
+    "job_not_cancellable": "Only a job that has not ended can be cancelled.",
+    "line_too_long": "A line of the file is longer than this server takes.",
+    "malformed_request": "The request cannot be read, for example because its body is not JSON.",
+    "method_not_allowed": "The path is there and does not take this method.",
+    "missing_api_key": "The request has no header `Authorization: Bearer …`.",
+    "missing_file": "The multipart body has no part named `file`.",
+    "missing_scope": "The API key is valid and lacks the scope that this endpoint needs.",
+    "model_damaged": "A file of the model cannot be used. Copy or download the model again.",
+    "model_gated": "The model's owner must grant access first.",
+    "model_needs_remote_code": "The model brings code of its own, which kdpo never runs.",
+    "model_not_allowed": "This server may not take that model from the hub.",
+    "model_not_found": "There is no such model, or its files cannot be read.",
+    "model_not_safetensors": "The model has no safetensors files; pickles are not read.",
+    "model_unreachable": "The hub does not answer, and the model is not in the local cache.",
+    "not_found": "There is no such path or object, or it belongs to somebody else.",
+    "range_not_satisfiable": "The range begins behind the end of the file.",
+    "too_few_pairs": "The dataset has too few distinct preference pairs.",
+    "too_few_prompts": "The dataset has too few distinct prompts.",
+    "too_large": "The request is larger than this server takes.",
+    "too_many_rows": "The file has more rows than this server takes.",
+    "truncated_gzip": "The gzip stream was cut off. Upload the whole file again.",
+    "unavailable": "A service that kdpo needs does not answer. Try again shortly.",
+    "unknown_parameter": "The endpoint does not know this parameter and would ignore it.",
+    "unsupported_media_type": "kdpo does not read this type of content.",
+}
+
+
+class Explanation(Schema):
+    """What an error code means."""
+
+    code: str
+    title: str
+    explanation: str
+
+
+@router.get("/{code}", operation_id="explain_problem")
+def explain_problem(code: Annotated[str, Path(max_length=64)]) -> Explanation:
+    """Say what an error code means; no key is needed."""
+    explanation = EXPLANATIONS.get(code)
+    if explanation is None:
+        raise NotFound(f"there is no error code {code!r}", hint="codes are in a problem's `code`")
+    return Explanation(code=code, title=title_of(code), explanation=explanation)
