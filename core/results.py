@@ -23,12 +23,17 @@ class Evaluation(SpecModel):
 
 
 class Comparison(SpecModel):
-    """Winner against plain DPO on the same test pairs: bootstrap over prompts, winner - DPO."""
+    """Winner against plain DPO on the same test pairs: bootstrap over prompts, winner - DPO.
 
-    log_loss: Estimate
-    accuracy: Estimate
-    drift: float
-    verdict: Literal["better", "worse", "no significant difference", "same objective"]
+    Where plain DPO diverged there are no differences to tell.
+    """
+
+    log_loss: Estimate | None
+    accuracy: Estimate | None
+    drift: float | None
+    verdict: Literal[
+        "better", "worse", "no significant difference", "same objective", "baseline diverged"
+    ]
     sentence: str
 
 
@@ -60,7 +65,9 @@ class SearchSummary(SpecModel):
     trials: int
     infeasible: int
     winner_trial: int
-    tied_trials: tuple[int, ...] = Field(description="not separated from the winner on validation")
+    tied_trials: tuple[int, ...] = Field(
+        description="with the winner, all within one paired standard error of the lowest log-loss"
+    )
     stopped_by: Literal["max_trials", "gpu_seconds"]
     sentence: str
 
@@ -71,7 +78,7 @@ class TrainingResult(SpecModel):
     recommendation_id: str | None = None
     search: SearchSummary | None = None
     run: RunSummary
-    baseline: RunSummary
+    baseline: RunSummary | None = Field(description="plain DPO's run; null when it diverged")
     comparison: Comparison
     samples: tuple[GeneratedSample, ...]
     attention: tuple[str, ...] = ()

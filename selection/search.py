@@ -299,7 +299,10 @@ def initial_candidates(
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """A trial as the winner is chosen from; `standard_error` is that of its log-loss, 0 unknown."""
+    """A trial as the winner is chosen from.
+
+    `standard_error` is that of its log-loss minus the best trial's, pair by pair (0 for the best).
+    """
 
     number: int
     label: str
@@ -321,8 +324,11 @@ class Selection:
 def select_winner(results: Sequence[FinishedTrial]) -> Selection:
     """Choose the best feasible calibrated log-loss; among ties the lower drift.
 
-    Tied is what lies within one standard error of the best one's log-loss. Equal drift: lower
-    log-loss, then the earlier trial. Without a feasible measured trial there is no winner.
+    Tied is a trial whose log-loss is above the lowest by at most one standard error of its own
+    paired difference: the one-standard-error rule (Breiman et al. 1984), a preference for less
+    drift and no test. Two errors would hand most small searches to the trial that learned least.
+    Equal drift: lower log-loss, then the earlier trial. Without a feasible measured trial there
+    is no winner.
     """
     measured = [
         (trial.log_loss, trial)
@@ -336,7 +342,7 @@ def select_winner(results: Sequence[FinishedTrial]) -> Selection:
             reason=f"None of {len(results)} trials ended with a log-loss within the constraints.",
         )
     lowest, best = min(measured, key=lambda entry: (entry[0], entry[1].number))
-    ties = [entry for entry in measured if entry[0] <= lowest + best.standard_error]
+    ties = [entry for entry in measured if entry[0] <= lowest + entry[1].standard_error]
     _, winner = min(
         ties,
         key=lambda entry: (
@@ -353,11 +359,11 @@ def _why(winner: FinishedTrial, best: FinishedTrial, tied: tuple[int, ...]) -> s
     if not tied:
         return (
             f"Trial {winner.number} ({winner.label}) has the lowest feasible log-loss, "
-            f"{winner.log_loss:.4f}, by more than its standard error of {best.standard_error:.4f}."
+            f"{winner.log_loss:.4f}; no other comes within one standard error of the difference."
         )
     drift = "unknown" if winner.drift is None else f"{winner.drift:.4f}"
     return (
-        f"{len(tied) + 1} trials lie within one standard error ({best.standard_error:.4f}) of the "
-        f"lowest feasible log-loss, {best.log_loss:.4f}, a tie; trial {winner.number} "
-        f"({winner.label}) has the least drift of them, {drift}."
+        f"{len(tied) + 1} trials tie: none is above the lowest feasible log-loss, "
+        f"{best.log_loss:.4f} of trial {best.number}, by more than one standard error of the "
+        f"difference; trial {winner.number} ({winner.label}) has the least drift of them, {drift}."
     )

@@ -1,7 +1,9 @@
 """Recommendation, fine-tuning and export jobs in this process, on a real database and dataset."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import optuna
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from sqlalchemy import update
 
 from core.errors import CancelRequested, FailureCode, RunAborted
-from core.lifecycle import JobKind, StepStatus, TrialStatus
+from core.lifecycle import EndedBy, JobKind, StepStatus, TrialStatus
 from core.results import TrainingResult
 from core.settings import DbSettings, Settings
+from models.job import Job as JobRow
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
@@ -31,9 +36,11 @@ from tests.integration.training_world import (
 )
 from worker.context import JobContext, Preempted
 from worker.jobs import export, fine_tune, recommend
-from worker.jobs.scopes import ScopeStore
+from worker.jobs.scopes import ScopeStore, Span
+from worker.jobs.workbench import RunRequest, Workbench
 from worker.training.checkpoint import SavedState
 from worker.training.folders import open_sealed
+from worker.training.loop import RunOutcome
 from worker.training.optuna_storage import open_storage
 
 AUTO: dict[str, Any] = {
@@ -230,10 +237,10 @@ def test_refused_resume_points_are_removed_and_fresh_ones_stay(world: TrainingWo
         loaded = store.load()
         assert loaded is not None
         assert loaded.step == 4
-        before = losses_of(world, job_id)
-        assert before > 0
+        with world.database.transaction() as session:
+            session.execute(update(JobRow).where(JobRow.id == job_id).values(losses=2))
         store.save(loaded)
-        assert losses_of(world, job_id) == before, "the same step again is no progress"
+        assert losses_of(world, job_id) == 2, "the same step again is no progress"
         store.save(state(5))
         assert losses_of(world, job_id) == 0
         raise Killed
@@ -278,6 +285,11 @@ def test_plain_dpo_is_its_own_baseline_and_can_be_merged(world: TrainingWorld) -
     with world.database.reading() as session:
         merged = ExperimentRepository(session).checkpoint(world.owner_id, merged_id)
     assert (merged.kind, merged.label, merged.step) == ("merged", "merged", 2)
+    card = (world.settings.artifact_dir / merged.path / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "peft" not in card.split("## Versions")[0]
+    assert "measured with the adapter before merging" in card
+    assert "stored as float32" in card
     assert "model.safetensors" in {file["path"] for file in merged.files}
 
     world.job(JobKind.EXPORT, spec={"checkpoint_id": merged_id, "merge": True})
@@ -297,6 +309,46 @@ def test_a_damaged_checkpoint_is_not_merged(world: TrainingWorld) -> None:
     assert caught.value.failure is FailureCode.CHECKPOINT_CORRUPT
 
 
+def test_another_base_is_not_merged(world: TrainingWorld, model: Path, tmp_path: Path) -> None:
+    world.model = Path(shutil.copytree(model, tmp_path / "base"))
+    world.fine_tune({"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 1}}})
+    checkpoint_id = world.attempt(fine_tune.run)["run"]["checkpoint_id"]
+    tensors = load_file(world.model / "model.safetensors")
+    tensors["model.norm.weight"] += 1.0
+    save_file(tensors, world.model / "model.safetensors", metadata={"format": "pt"})
+    world.job(JobKind.EXPORT, spec={"checkpoint_id": checkpoint_id, "merge": True})
+    with pytest.raises(RunAborted, match="model_sha256") as caught:
+        world.attempt(export.run)
+    assert caught.value.failure is FailureCode.CHECKPOINT_CORRUPT
+
+
+def test_a_baseline_that_diverges_does_not_cost_the_run(
+    world: TrainingWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Workbench.train
+
+    def train(bench: Workbench, request: RunRequest, *, span: Span) -> RunOutcome:
+        outcome = real(bench, request, span=span)
+        if request.scope == "baseline":
+            return replace(outcome, ended_by=EndedBy.NAN, message="not finite at step 2")
+        return outcome
+
+    monkeypatch.setattr(Workbench, "train", train)
+    settings = {"kernel": "rbf", "divergence": "kl", "hyperparameters": {"max_steps": 2}}
+    job_id = world.fine_tune({"type": "kernel_dpo", "kernel_dpo": settings})
+    result = TrainingResult.model_validate(world.attempt(fine_tune.run))
+    assert result.baseline is None
+    assert result.comparison.verdict == "baseline diverged"
+    assert "not finite at step 2" in result.comparison.sentence
+    with world.database.reading() as session:
+        rows = (
+            ExperimentRepository(session)
+            .checkpoint_page(world.owner_id, PageQuery(limit=10, order="asc"), job_id=job_id)
+            .rows
+        )
+    assert [row.label for row in rows] == ["final"]
+
+
 def test_a_named_pair_is_compared_with_plain_dpo(world: TrainingWorld, model: Path) -> None:
     method = {
         "type": "kernel_dpo",
@@ -312,7 +364,9 @@ def test_a_named_pair_is_compared_with_plain_dpo(world: TrainingWorld, model: Pa
     result = TrainingResult.model_validate(world.attempt(fine_tune.run))
     assert result.run.objective.label == "hmk × jensen_shannon (penalty)"
     assert result.run.mixture_weights is not None
+    assert result.baseline is not None
     assert result.baseline.objective.is_plain_dpo
+    assert "plain DPO (beta 0.3, learning rate " in result.comparison.sentence
     assert result.baseline.objective.beta == 0.3
     assert result.baseline.learning_rate == result.run.learning_rate
     assert result.baseline.checkpoint_id != result.run.checkpoint_id

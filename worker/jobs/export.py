@@ -5,7 +5,7 @@ from typing import Any
 
 from core.errors import FailureCode, RunAborted
 from core.hub import fetch
-from core.ids import IdPrefix, new_id
+from core.ids import IdPrefix
 from core.lifecycle import Phase
 from core.modelref import ModelRef
 from models.experiment import Checkpoint
@@ -14,9 +14,11 @@ from worker.context import JobContext
 from worker.jobs.publish import publish_folder
 from worker.training.export import MANIFEST, export_merged
 from worker.training.folders import FolderDamaged, SealedFolder, open_sealed
+from worker.training.reference import model_sha256, tokenizer_sha256
 from worker.training.resolve import apply_threads
 
 _LABEL = "merged"
+ULID_LENGTH = 26
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -29,23 +31,22 @@ def run(context: JobContext) -> dict[str, Any]:
         LeaseLost: another attempt owns the job.
     """
     apply_threads(context.settings.training)
-    context.plan(["draw_id", "merge"])
-    done = context.step_result("merge")
+    context.plan(["save"])
+    done = context.step_result("save")
     if done is not None:
         return done
-    drawn = context.step_result("draw_id")
-    if drawn is None:
-        with context.step("draw_id") as drawn:
-            drawn["checkpoint_id"] = new_id(IdPrefix.CHECKPOINT)
+    # A job exports one checkpoint, so its id follows from the job's: attempts agree on it.
+    checkpoint_id = IdPrefix.CHECKPOINT + context.fence.job_id[-ULID_LENGTH:]
     source = _source(context)
-    adapter = _verified(context.settings.artifact_dir / source.path)
+    adapter = _verified(context.settings.artifact_dir / source.path, sha256=source.manifest_sha256)
     base = ModelRef.model_validate(adapter.manifest["base_model"])
     if base.source == "hub":
         context.phase(Phase.DOWNLOADING_MODEL)
     folder = fetch(base, context.settings)
+    _check_base(folder, adapter.manifest)
     context.raise_if_stopped()
     context.phase(Phase.SAVING)
-    with context.step("merge") as result:
+    with context.step("save") as result:
         sealed = export_merged(
             folder,
             adapter.path,
@@ -57,13 +58,13 @@ def run(context: JobContext) -> dict[str, Any]:
         publish_folder(
             context,
             sealed,
-            checkpoint_id=drawn["checkpoint_id"],
+            checkpoint_id=checkpoint_id,
             kind=_LABEL,
             label=_LABEL,
             step=source.step,
             metrics=source.metrics,
         )
-        result["checkpoint_id"] = drawn["checkpoint_id"]
+        result["checkpoint_id"] = checkpoint_id
     return dict(result)
 
 
@@ -81,9 +82,24 @@ def _source(context: JobContext) -> Checkpoint:
     return row
 
 
-def _verified(path: Path) -> SealedFolder:
+def _check_base(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a base that is not the one that the adapter was trained on, by content."""
+    found = {
+        "model_sha256": model_sha256(folder),
+        "tokenizer_sha256": tokenizer_sha256(folder),
+    }
+    for name, value in found.items():
+        if value != manifest[name]:
+            raise RunAborted(
+                f"the base in {folder} has {name} {value}, trained on was {manifest[name]}",
+                failure=FailureCode.CHECKPOINT_CORRUPT,
+                hint="put the base model of the training back, or run the fine-tuning job again",
+            )
+
+
+def _verified(path: Path, *, sha256: str) -> SealedFolder:
     try:
-        return open_sealed(path, manifest_name=MANIFEST)
+        return open_sealed(path, manifest_name=MANIFEST, sha256=sha256)
     except FolderDamaged as error:
         raise RunAborted(
             f"the checkpoint does not verify: {error}",

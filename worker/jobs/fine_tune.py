@@ -8,31 +8,37 @@ from typing import Any, assert_never
 
 from pydantic import TypeAdapter
 
+from core.errors import FailureCode, RunAborted
 from core.ids import IdPrefix, new_id
-from core.lifecycle import Phase
+from core.lifecycle import EndedBy, Phase
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.modelref import ModelRef
 from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
 from core.run_spec import CandidateSpec, SearchSpec, TrainSpec
-from core.spec import (
-    ObjectiveSpec,
-    SpecModel,
-)
+from core.spec import ObjectiveSpec
 from models.repositories.jobs import JobRepository
+from models.repositories.steps import StepRepository
 from worker.context import JobContext
 from worker.ingest.canonical import Split
+from worker.jobs.evidence import Evidence, Plan, Trained, run_summary
 from worker.jobs.flags import raise_flags
 from worker.jobs.publish import publish_folder
 from worker.jobs.recommend import make_recommendation, stored_recommendation
 from worker.jobs.scopes import Span
 from worker.jobs.search_trials import Choice, search
 from worker.jobs.workbench import (
-    RunRequest,
     Workbench,
     abort_unless_complete,
     open_workbench,
 )
-from worker.training.evaluate import compare, evaluation, fit_temperature, same_objective
+from worker.training.evaluate import (
+    Measured,
+    baseline_diverged,
+    compare,
+    evaluation,
+    fit_temperature,
+    same_objective,
+)
 from worker.training.export import CardFacts, export_adapter, versions
 from worker.training.generate import generate_samples
 
@@ -51,45 +57,6 @@ _NAMED_STEPS = {
     "evaluate": Span(0.88, 0.96),
     "save": Span(0.96, 1.0),
 }
-
-
-class _Plan(SpecModel):
-    """What is to be trained, and against what."""
-
-    winner: CandidateSpec
-    baseline: CandidateSpec
-
-    @property
-    def has_own_baseline(self) -> bool:
-        """Whether plain DPO has to be trained besides the winner."""
-        return not self.winner.objective.is_plain_dpo
-
-    def request(self, scope: str) -> RunRequest:
-        """The full-length run of a scope."""
-        candidate = self.winner if scope == "train" else self.baseline
-        return RunRequest(
-            scope=scope, objective=candidate.objective, learning_rate=candidate.learning_rate
-        )
-
-
-class _Trained(SpecModel):
-    """The result of the steps `train` and `baseline`."""
-
-    steps: int
-    pairs_seen: int
-    seconds: float
-    mixture_weights: dict[str, float] | None
-
-
-class _Evidence(SpecModel):
-    """The result of the step `evaluate`; ids are drawn here, so that `save` can be repeated."""
-
-    run: Evaluation
-    baseline: Evaluation
-    comparison: Comparison
-    attention: tuple[str, ...]
-    checkpoint_id: str
-    baseline_checkpoint_id: str
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -146,7 +113,11 @@ class _FineTune:
             case AutoMethod():
                 recommendation_id, choice = self._search(self._method.auto.search)
                 plan, summary = (
-                    _Plan(winner=choice.winner, baseline=choice.baseline),
+                    Plan(
+                        winner=choice.winner,
+                        baseline=choice.baseline,
+                        plain_trials=choice.plain_trials,
+                    ),
                     choice.summary,
                 )
             case DpoMethod():
@@ -158,7 +129,7 @@ class _FineTune:
         self._context.phase(Phase.TRAINING)
         trained = self._train(plan, "train")
         baseline = self._train_baseline(plan)
-        evidence = self._evaluate(plan)
+        evidence = self._evaluate(plan, baseline)
         result = self._save(
             plan, trained, baseline, evidence, recommendation_id=recommendation_id, search=summary
         )
@@ -166,10 +137,10 @@ class _FineTune:
             self._bench.store(plan.request(scope)).clear()
         return result
 
-    def _named(self, objective: ObjectiveSpec) -> _Plan:
+    def _named(self, objective: ObjectiveSpec) -> Plan:
         rate = self._bench.learning_rate
         plain = ObjectiveSpec(beta=objective.beta, label_smoothing=objective.label_smoothing)
-        return _Plan(
+        return Plan(
             winner=CandidateSpec(objective=objective, learning_rate=rate),
             baseline=CandidateSpec(objective=plain, learning_rate=rate),
         )
@@ -192,26 +163,33 @@ class _FineTune:
                 found |= choice.model_dump(mode="json")
         return str(recommended["recommendation_id"]), Choice.model_validate(found)
 
-    def _train(self, plan: _Plan, scope: str) -> _Trained:
+    def _train(self, plan: Plan, scope: str) -> Trained:
         context = self._context
         done = context.step_result(scope)
         if done is not None:
-            return _Trained.model_validate(done)
-        with context.step(scope) as result:
-            outcome = self._bench.train(plan.request(scope), span=self._spans[scope])
+            return Trained.model_validate(done)
+        with context.transaction() as session:
+            StepRepository(session).start(context.fence, scope)
+        outcome = self._bench.train(plan.request(scope), span=self._spans[scope])
+        diverged = scope == "baseline" and outcome.ended_by is EndedBy.NAN
+        if diverged:
+            context.warn("Plain DPO diverged; the run is kept without it.", reason=outcome.message)
+        else:
             abort_unless_complete(outcome, scope=scope)
-            trained = _Trained(
-                steps=outcome.steps,
-                pairs_seen=outcome.pairs_seen,
-                seconds=outcome.seconds,
-                mixture_weights=outcome.mixture_weights,
-            )
-            with context.transaction() as session:
-                JobRepository(session).add_gpu_seconds(context.fence, outcome.seconds)
-            result |= trained.model_dump(mode="json")
+        trained = Trained(
+            steps=outcome.steps,
+            pairs_seen=outcome.pairs_seen,
+            seconds=outcome.seconds,
+            mixture_weights=outcome.mixture_weights,
+            diverged=outcome.message if diverged else None,
+        )
+        # One transaction: an attempt that dies in between would charge the run twice.
+        with context.transaction() as session:
+            JobRepository(session).add_gpu_seconds(context.fence, outcome.seconds)
+            StepRepository(session).succeed(context.fence, scope, trained.model_dump(mode="json"))
         return trained
 
-    def _train_baseline(self, plan: _Plan) -> _Trained | None:
+    def _train_baseline(self, plan: Plan) -> Trained | None:
         """Train plain DPO; None when the run itself is plain DPO."""
         if plan.has_own_baseline:
             return self._train(plan, "baseline")
@@ -220,45 +198,34 @@ class _FineTune:
                 result["same_as"] = "train"
         return None
 
-    def _restore(self, plan: _Plan, scope: str) -> None:
+    def _restore(self, plan: Plan, scope: str) -> None:
         """Put a trained run's weights back; trains again what a damaged disk has lost."""
         outcome = self._bench.train(plan.request(scope), span=self._spans["evaluate"])
         abort_unless_complete(outcome, scope=scope)
 
-    def _evaluate(self, plan: _Plan) -> _Evidence:
-        context, bench = self._context, self._bench
+    def _evaluate(self, plan: Plan, baseline: Trained | None) -> Evidence:
+        context = self._context
         done = context.step_result("evaluate")
         if done is not None:
-            return _Evidence.model_validate(done)
+            return Evidence.model_validate(done)
         context.phase(Phase.EVALUATING)
         span = self._spans["evaluate"]
         with context.step("evaluate") as result:
-            measured = {}
-            scopes = ("train", "baseline") if plan.has_own_baseline else ("train",)
-            for number, scope in enumerate(scopes):
-                self._restore(plan, scope)
-                part = span.part(number, len(scopes))
-                temperature = fit_temperature(
-                    bench.measure(Split.VALIDATION, span=part.part(0, 2)).margins
-                )
-                measured[scope] = (bench.measure(Split.TEST, span=part.part(1, 2)), temperature)
-            run, run_temperature = measured["train"]
-            base, base_temperature = measured[scopes[-1]]
+            run, run_temperature = self._measure(plan, "train", span=span.part(0, 2))
+            _refuse_non_finite(run)
             ours = evaluation(run, temperature=run_temperature)
-            comparison = same_objective()
-            if plan.has_own_baseline:
-                comparison = compare(
-                    run,
-                    base,
-                    run_temperature=run_temperature,
-                    baseline_temperature=base_temperature,
-                    label=plan.winner.objective.label,
-                    seed=bench.seed,
-                )
             checkpoint_id = new_id(IdPrefix.CHECKPOINT)
-            evidence = _Evidence(
+            theirs: Evaluation | None = ours
+            baseline_id: str | None = checkpoint_id
+            comparison = same_objective()
+            if baseline is not None:
+                theirs, comparison = self._compare(
+                    plan, baseline, (run, run_temperature), span=span.part(1, 2)
+                )
+                baseline_id = None if theirs is None else new_id(IdPrefix.CHECKPOINT)
+            evidence = Evidence(
                 run=ours,
-                baseline=evaluation(base, temperature=base_temperature),
+                baseline=theirs,
                 comparison=comparison,
                 attention=raise_flags(
                     context,
@@ -266,19 +233,44 @@ class _FineTune:
                     mean_margin=float(abs(run.margins).mean()),
                 ),
                 checkpoint_id=checkpoint_id,
-                baseline_checkpoint_id=new_id(IdPrefix.CHECKPOINT)
-                if plan.has_own_baseline
-                else checkpoint_id,
+                baseline_checkpoint_id=baseline_id,
             )
             result |= evidence.model_dump(mode="json")
         return evidence
 
+    def _measure(self, plan: Plan, scope: str, *, span: Span) -> tuple[Measured, float]:
+        """Measure a trained run on test, with the temperature that validation gives it."""
+        self._restore(plan, scope)
+        margins = self._bench.measure(Split.VALIDATION, span=span.part(0, 2)).margins
+        return self._bench.measure(Split.TEST, span=span.part(1, 2)), fit_temperature(margins)
+
+    def _compare(
+        self, plan: Plan, baseline: Trained, run: tuple[Measured, float], *, span: Span
+    ) -> tuple[Evaluation | None, Comparison]:
+        """Evaluate plain DPO and hold the run against it."""
+        label = plan.described("baseline")
+        if baseline.diverged is not None:
+            return None, baseline_diverged(label, why=baseline.diverged)
+        base, temperature = self._measure(plan, "baseline", span=span)
+        if not base.is_finite:
+            return None, baseline_diverged(label, why="log-probs on test are not finite")
+        comparison = compare(
+            run[0],
+            base,
+            run_temperature=run[1],
+            baseline_temperature=temperature,
+            label=plan.described("train"),
+            baseline_label=label,
+            seed=self._bench.seed,
+        )
+        return evaluation(base, temperature=temperature), comparison
+
     def _save(
         self,
-        plan: _Plan,
-        trained: _Trained,
-        baseline: _Trained | None,
-        evidence: _Evidence,
+        plan: Plan,
+        trained: Trained,
+        baseline: Trained | None,
+        evidence: Evidence,
         *,
         recommendation_id: str | None,
         search: SearchSummary | None,
@@ -289,22 +281,27 @@ class _FineTune:
             return done
         context.phase(Phase.SAVING)
         with context.step("save") as saved:
+            ours = run_summary(plan.winner, trained, evidence.run, evidence.checkpoint_id)
+            theirs: RunSummary | None = ours
             if baseline is not None:
-                self._publish(plan, "baseline", baseline, evidence, recommendation_id)
-            self._publish(plan, "train", trained, evidence, recommendation_id)
+                theirs = self._publish_baseline(plan, baseline, evidence, recommendation_id)
+            self._publish(
+                plan,
+                "train",
+                trained,
+                evidence.run,
+                evidence,
+                evidence.checkpoint_id,
+                recommendation_id,
+            )
             samples = generate_samples(
                 bench.policy, bench.rows[Split.TEST], max_length=bench.max_length
             )
-            ours = _summary(plan.winner, trained, evidence.run, evidence.checkpoint_id)
             result = TrainingResult(
                 recommendation_id=recommendation_id,
                 search=search,
                 run=ours,
-                baseline=ours
-                if baseline is None
-                else _summary(
-                    plan.baseline, baseline, evidence.baseline, evidence.baseline_checkpoint_id
-                ),
+                baseline=theirs,
                 comparison=evidence.comparison,
                 samples=samples,
                 attention=evidence.attention,
@@ -313,12 +310,26 @@ class _FineTune:
             saved |= result.model_dump(mode="json")
         return dict(saved)
 
+    def _publish_baseline(
+        self, plan: Plan, baseline: Trained, evidence: Evidence, recommendation_id: str | None
+    ) -> RunSummary | None:
+        """Publish plain DPO beside the run, unless it diverged."""
+        if evidence.baseline is None or evidence.baseline_checkpoint_id is None:
+            return None
+        measured, checkpoint_id = evidence.baseline, evidence.baseline_checkpoint_id
+        self._publish(
+            plan, "baseline", baseline, measured, evidence, checkpoint_id, recommendation_id
+        )
+        return run_summary(plan.baseline, baseline, measured, checkpoint_id)
+
     def _publish(
         self,
-        plan: _Plan,
+        plan: Plan,
         scope: str,
-        trained: _Trained,
-        evidence: _Evidence,
+        trained: Trained,
+        measured: Evaluation,
+        evidence: Evidence,
+        checkpoint_id: str,
         recommendation_id: str | None,
     ) -> None:
         """Export a run's adapter and make it visible; doing it again changes nothing."""
@@ -327,7 +338,6 @@ class _FineTune:
         is_final = scope == "train"
         label = "final" if is_final else "baseline"
         candidate = plan.winner if is_final else plan.baseline
-        measured = evidence.run if is_final else evidence.baseline
         sealed = export_adapter(
             bench.policy,
             context.attempt_dir / "checkpoints" / label,
@@ -337,7 +347,9 @@ class _FineTune:
                 base=bench.model,
                 objective=candidate.objective,
                 training={**bench.plan(plan.request(scope)).as_dict(), "lora": self._lora()},
-                dataset_sha256=str(bench.dataset.canonical_sha256),
+                model_sha256=bench.hashes["model_sha256"],
+                tokenizer_sha256=bench.hashes["tokenizer_sha256"],
+                dataset_sha256=bench.hashes["dataset_sha256"],
                 seed=bench.seed,
                 evaluation=measured,
                 comparison=evidence.comparison if is_final else same_objective(),
@@ -348,7 +360,7 @@ class _FineTune:
         publish_folder(
             context,
             sealed,
-            checkpoint_id=evidence.checkpoint_id if is_final else evidence.baseline_checkpoint_id,
+            checkpoint_id=checkpoint_id,
             kind="adapter",
             label=label,
             step=trained.steps,
@@ -370,16 +382,10 @@ class _FineTune:
         }
 
 
-def _summary(
-    candidate: CandidateSpec, trained: _Trained, measured: Evaluation, checkpoint_id: str
-) -> RunSummary:
-    return RunSummary(
-        objective=candidate.objective,
-        learning_rate=candidate.learning_rate,
-        steps=trained.steps,
-        pairs_seen=trained.pairs_seen,
-        seconds=trained.seconds,
-        checkpoint_id=checkpoint_id,
-        evaluation=measured,
-        mixture_weights=trained.mixture_weights,
-    )
+def _refuse_non_finite(run: Measured) -> None:
+    if not run.is_finite:
+        raise RunAborted(
+            "run `train`: log-probs on test are not finite",
+            failure=FailureCode.LOSS_NAN,
+            hint="lower the learning rate",
+        )

@@ -29,20 +29,20 @@ def raise_flags(
     context: JobContext, *, chosen_displacement: float, mean_margin: float
 ) -> tuple[str, ...]:
     """Flag the job's final run where there is reason to; return the flags."""
-    flags = []
+    found: dict[Attention, str] = {}
     if is_displaced(chosen_displacement, mean_margin=mean_margin):
-        flags.append(Attention.LIKELIHOOD_DISPLACEMENT)
-        context.attention(
-            Attention.LIKELIHOOD_DISPLACEMENT,
+        found[Attention.LIKELIHOOD_DISPLACEMENT] = (
             f"Chosen answers became less likely: their mean log-ratio on test is "
-            f"{chosen_displacement:.2f} nats, at margins of {mean_margin:.2f}.",
+            f"{chosen_displacement:.2f} nats, at margins of {mean_margin:.2f}."
         )
     with context.database.reading() as session:
         points = ExperimentRepository(session).metrics(context.fence.job_id, "train")
     if is_diverging([float(point.metrics["loss"]) for point in points]):
-        flags.append(Attention.LOSS_DIVERGING)
-        context.attention(
-            Attention.LOSS_DIVERGING,
-            "The training loss rose during the run; lower the learning rate.",
+        found[Attention.LOSS_DIVERGING] = (
+            "The training loss rose during the run; lower the learning rate."
         )
-    return tuple(flag.value for flag in flags)
+    for flag, message in found.items():
+        # An earlier attempt may have raised it and died before the step was done.
+        if flag.value not in context.job.attention:
+            context.attention(flag, message)
+    return tuple(flag.value for flag in found)

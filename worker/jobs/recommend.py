@@ -25,10 +25,16 @@ def run(context: JobContext) -> dict[str, Any]:
         CancelRequested, Preempted: the attempt was asked to stop.
         LeaseLost: another attempt owns the job.
     """
+    context.plan(["recommend"])
+    done = context.step_result("recommend")
+    if done is not None:
+        return done
     bench = open_workbench(context, spec=TrainSpec(), splits=(Split.TRAIN,))
     for warning in bench.warnings:
         context.warn(warning)
-    return {"recommendation_id": make_recommendation(bench, span=Span(0.0, 1.0))[0]}
+    with context.step("recommend") as result:
+        result["recommendation_id"] = make_recommendation(bench, span=Span(0.0, 1.0))[0]
+    return dict(result)
 
 
 def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommendation]:

@@ -4,6 +4,7 @@ The trial's row is written before Optuna is told, and a told trial is never run 
 killed between any two lines goes on with the same trials and ends with the same winner.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,9 @@ from worker.jobs.workbench import RunRequest, Workbench
 from worker.training.evaluate import (
     Floats,
     Ints,
+    clustered_standard_error,
     pair_groups,
     trial_score,
-    typical_paired_error,
 )
 from worker.training.optuna_storage import open_storage
 
@@ -48,10 +49,11 @@ _TRAIN_SHARE = 0.85
 
 
 class Choice(SpecModel):
-    """What a search ends with: its winner, and the best plain DPO it saw."""
+    """What a search ends with: its winner, and the best of the plain DPO it saw."""
 
     winner: CandidateSpec
     baseline: CandidateSpec
+    plain_trials: int
     summary: SearchSummary
 
 
@@ -103,8 +105,8 @@ def search(
             part = span.part(proposal.number, spec.max_trials)
             driver.tell(proposal.number, _run_once(bench, study, proposal, spec, span=part))
     rows = _trials(context, study)
-    error = _paired_error(context, rows, group=pair_groups(bench.pairs[Split.VALIDATION]))
-    return _choose(study, rows, stopped_by=stopped_by, paired_error=error)
+    errors = _paired_errors(context, rows, group=pair_groups(bench.pairs[Split.VALIDATION]))
+    return _choose(study, rows, stopped_by=stopped_by, paired_errors=errors)
 
 
 def _is_spent(trials: list[TrialRow], spec: SearchSpec) -> bool:
@@ -138,6 +140,7 @@ def _run_once(
             label=proposal.candidate.objective.label,
         )
     if row.status is not TrialStatus.RUNNING:
+        bench.store(request).clear()
         return _told(row)
     finished = _run(bench, request, spec, span=span)
     outcome = finished.outcome
@@ -223,18 +226,38 @@ def _write_losses(context: JobContext, number: int, losses: Floats) -> None:
         file.write(orjson.dumps(losses.tolist()))
 
 
-def _paired_error(context: JobContext, rows: list[TrialRow], *, group: Ints) -> float | None:
-    """Standard error by which usable trials are told apart from the best; None if unknown."""
-    usable = {row.number: row.log_loss for row in rows if row.feasible and row.log_loss is not None}
-    losses = {}
+def _paired_errors(context: JobContext, rows: list[TrialRow], *, group: Ints) -> dict[int, float]:
+    """Standard errors of (log-loss of a usable trial - the best one's), paired by pair.
+
+    How hard a pair is cancels in the difference. Where the losses of a trial are lost, the error
+    is that of independent trials, which is larger, and the job says so.
+    """
+    usable = {row.number: row for row in rows if row.feasible and row.log_loss is not None}
+    if not usable:
+        return {}
+    losses, lost = {}, []
     for number in usable:
         path = _losses_path(context, number)
         if path.is_file():
             losses[number] = np.array(orjson.loads(path.read_bytes()), dtype=np.float64)
-    if len(losses) < len(usable) or not losses:
-        return None
-    best = min(usable, key=lambda number: (usable[number], number))
-    return typical_paired_error(losses, best=best, group=group)
+        else:
+            lost.append(number)
+    if lost:
+        context.warn(
+            f"The losses of trials {lost} are not on this server; their ties are decided with the "
+            "standard errors of independent trials.",
+            trials=lost,
+        )
+    best = min(usable, key=lambda number: (usable[number].log_loss, number))
+    alone = {number: float(row.metrics["standard_error"]) for number, row in usable.items()}
+    return {
+        number: 0.0
+        if number == best
+        else clustered_standard_error(losses[number] - losses[best], group)
+        if number in losses and best in losses
+        else math.hypot(alone[number], alone[best])
+        for number in usable
+    }
 
 
 def _choose(
@@ -242,7 +265,7 @@ def _choose(
     rows: list[TrialRow],
     *,
     stopped_by: Literal["max_trials", "gpu_seconds"],
-    paired_error: float | None,
+    paired_errors: dict[int, float],
 ) -> Choice:
     candidates = {row.number: CandidateSpec.model_validate(row.candidate) for row in rows}
     selection = select_winner(
@@ -253,9 +276,7 @@ def _choose(
                 log_loss=row.log_loss,
                 drift=row.drift,
                 feasible=bool(row.feasible),
-                standard_error=float(row.metrics.get("standard_error", 0.0))
-                if paired_error is None
-                else paired_error,
+                standard_error=paired_errors.get(row.number, 0.0),
             )
             for row in rows
         ]
@@ -277,6 +298,7 @@ def _choose(
     return Choice(
         winner=winner,
         baseline=winner if winner.objective.is_plain_dpo else best_plain,
+        plain_trials=len(plain),
         summary=SearchSummary(
             study_id=study.id,
             trials=len(rows),

@@ -41,7 +41,8 @@ from worker.training.resolve import TrainPlan, apply_threads, resolve_device, re
 from worker.training.states import ReferenceStates, reference_states
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
-NOWHERE = Span(0.0, 0.0)
+# Of a run's part of the progress bar: passes before its first step, where any are needed.
+_PASSES_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Workbench:
         self.pairs[split] = tokenized.pairs
         self.warnings += [f"{split.value}: {sentence}" for sentence in tokenized.warnings()]
 
-    def reference(self, span: Span = NOWHERE) -> ReferenceTable:
+    def reference(self, span: Span) -> ReferenceTable:
         """What the reference says about the training split, computed once per data and model."""
         if self._table is None:
             self._table = reference_table(
@@ -121,7 +122,7 @@ class Workbench:
             )
         return self._table
 
-    def reference_states(self, split: Split, span: Span = NOWHERE) -> ReferenceStates | None:
+    def reference_states(self, split: Split, span: Span) -> ReferenceStates | None:
         """The reference's hidden states on a split, or None when they would take too much."""
         if split not in self._states:
             self._states[split] = reference_states(
@@ -158,8 +159,9 @@ class Workbench:
 
     def train(self, request: RunRequest, *, span: Span) -> RunOutcome:
         """Train, or go on with, or just restore a run; the policy is left with its weights."""
-        table = self.reference(span)
-        frozen, geometry = self._kernel_inputs(request.objective, span)
+        passes = Span(span.start, span.at(_PASSES_SHARE))
+        table = self.reference(passes.part(0, 3))
+        frozen, geometry = self._kernel_inputs(request.objective, passes.part(1, 3))
         objective = build_objective(
             request.objective, geometry=geometry, head=self.policy.head.weight
         )
@@ -171,13 +173,13 @@ class Workbench:
                 chosen_log_prob=table.chosen_log_prob,
                 rejected_log_prob=table.rejected_log_prob,
                 frozen_embeddings=frozen,
-                reference_states=self.reference_states(Split.TRAIN)
+                reference_states=self.reference_states(Split.TRAIN, passes.part(2, 3))
                 if isinstance(request.objective.divergence_term, PenaltyTerm)
                 else None,
             ),
             plan=self.plan(request),
             weights_learning_rate=_weights_learning_rate(request.objective),
-            hooks=ScopeHooks(self.context, request.scope, span),
+            hooks=ScopeHooks(self.context, request.scope, Span(passes.end, span.end)),
             store=self.store(request),
         )
 
@@ -233,7 +235,7 @@ class Workbench:
         term = objective.kernel_term
         if term is None:
             return None, None
-        embeddings = self.reference().embeddings
+        embeddings = self.reference(span).embeddings
         source = "reference"
         if term.embedding == "encoder" and self._encoder is not None:
             source = "encoder"

@@ -1,6 +1,7 @@
 """How good a policy is on held-out pairs, and whether it beats plain DPO (docs/maths.md)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,10 @@ ECE_BINS = 15
 BOOTSTRAP = 10_000
 _BISECTIONS = 200
 _CELLS = 1 << 24
+# Below this many test prompts no difference is called: the bootstrap is not to be trusted there.
+MIN_PROMPTS = 10
+_Z975 = 1.959963984540054
+_T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)
 
 
 @dataclass(frozen=True)
@@ -221,24 +226,32 @@ def clustered_standard_error(values: Floats, group: Ints) -> float:
     return float(np.sqrt(clusters / (clusters - 1) * np.square(sums).sum()) / values.size)
 
 
-def typical_paired_error(losses: Mapping[int, Floats], *, best: int, group: Ints) -> float | None:
-    """Median over the other trials of the standard error of the mean of (their loss - the best's).
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t.
 
-    Paired by validation pair: how hard a pair is cancels, what remains is what separates trials.
-    None when there is no other trial.
+    A table up to 8 degrees, from there Cornish and Fisher's expansion (Abramowitz & Stegun
+    26.7.5), which is right to 1e-3.
     """
-    errors = [
-        clustered_standard_error(other - losses[best], group)
-        for number, other in losses.items()
-        if number != best
-    ]
-    return float(np.median(errors)) if errors else None
+    if degrees <= len(_T975):
+        return _T975[degrees - 1]
+    z, v = _Z975, float(degrees)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
 
 
 def bootstrap_mean(
     values: Floats, group: Ints, *, seed: int, resamples: int = BOOTSTRAP
 ) -> Estimate:
-    """Mean with its percentile interval over resamples of whole prompts."""
+    """Mean with its percentile interval over resamples of whole prompts, widened for few prompts.
+
+    Percentiles of G prompts are too near the mean: their spread lacks sqrt(G/(G-1)) and they know
+    no t distribution. Both ends move out by t_{G-1, 0.975} / 1.96 * sqrt(G/(G-1)) (Hesterberg
+    2015). One prompt has no spread: its interval is the value, which says nothing.
+    """
     _, index = np.unique(group, return_inverse=True)
     sums = np.bincount(index, weights=values)
     counts = np.bincount(index).astype(np.float64)
@@ -252,7 +265,15 @@ def bootstrap_mean(
         ).astype(np.float64)
         means.append((drawn @ sums) / (drawn @ counts))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(value=float(values.mean()), low=float(low), high=float(high))
+    value = float(values.mean())
+    widening = 1.0
+    if clusters > 1:
+        widening = t_quantile(clusters - 1) / _Z975 * math.sqrt(clusters / (clusters - 1))
+    return Estimate(
+        value=value,
+        low=value - widening * max(0.0, value - float(low)),
+        high=value + widening * max(0.0, float(high) - value),
+    )
 
 
 def compare(
@@ -262,33 +283,50 @@ def compare(
     run_temperature: float,
     baseline_temperature: float,
     label: str,
+    baseline_label: str,
     seed: int,
 ) -> Comparison:
-    """Compare two policies on the same test pairs, run - baseline; log-loss decides the verdict."""
+    """Compare two policies on the same test pairs, run - baseline; log-loss decides the verdict.
+
+    With fewer than 10 test prompts the verdict is always "no significant difference".
+    """
     losses = preference_losses(run.margins, run_temperature)
     losses = losses - preference_losses(baseline.margins, baseline_temperature)
     rights = _right(run.margins) - _right(baseline.margins)
     log_loss = bootstrap_mean(losses, run.group, seed=seed)
     drift = run.drift - baseline.drift
-    interval = f"log-loss {log_loss.value:+.4f} [{log_loss.low:+.4f}, {log_loss.high:+.4f}]"
-    pairs = f"on {run.margins.size} test pairs"
-    if log_loss.low <= 0.0 <= log_loss.high:
+    prompts = int(np.unique(run.group).size)
+    reason = ""
+    if prompts < MIN_PROMPTS or log_loss.low <= 0.0 <= log_loss.high:
         verdict = "no significant difference"
-        sentence = f"There is no significant difference between {label} and plain DPO {pairs}"
-    elif log_loss.high < 0.0:
-        verdict = "better"
-        sentence = f"{label} is better than plain DPO {pairs}"
+        sentence = f"There is no significant difference between {label} and {baseline_label}"
+        if prompts < MIN_PROMPTS:
+            reason = f" Fewer than {MIN_PROMPTS} test prompts are too few to call a difference."
     else:
-        verdict = "worse"
-        sentence = f"{label} is worse than plain DPO {pairs}"
+        verdict = "better" if log_loss.high < 0.0 else "worse"
+        sentence = f"{label} is {verdict} than {baseline_label}"
     return Comparison.model_validate(
         {
             "log_loss": log_loss,
             "accuracy": bootstrap_mean(rights, run.group, seed=seed),
             "drift": drift,
             "verdict": verdict,
-            "sentence": f"{sentence}: {interval}, drift {drift:+.4f} nats a token.",
+            "sentence": f"{sentence} on {run.margins.size} test pairs of {prompts} prompts: "
+            f"log-loss {log_loss.value:+.4f} [{log_loss.low:+.4f}, {log_loss.high:+.4f}], "
+            f"drift {drift:+.4f} nats a token.{reason} "
+            "One training run each; the interval covers test prompts, not seeds.",
         }
+    )
+
+
+def baseline_diverged(baseline_label: str, *, why: str) -> Comparison:
+    """The comparison with a plain DPO that has no usable weights."""
+    return Comparison(
+        log_loss=None,
+        accuracy=None,
+        drift=None,
+        verdict="baseline diverged",
+        sentence=f"There is nothing to compare with: {baseline_label} diverged ({why}).",
     )
 
 

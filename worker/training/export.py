@@ -24,6 +24,18 @@ from worker.training.tokenize import load_tokenizer
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 TRAINING_CONFIG = "training_config.json"
+_ADAPTER_IS = "A LoRA adapter trained on preference pairs by kdpo (DPO-Kernels, arXiv 2501.03271)."
+_ADAPTER_USE = (
+    "from peft import AutoPeftModelForCausalLM",
+    "from transformers import AutoTokenizer",
+    "",
+    'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
+)
+_MERGED_USE = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")',
+)
 _PACKAGES = ("kdpo", "torch", "transformers", "peft", "safetensors", "optuna")
 
 
@@ -35,6 +47,8 @@ class CardFacts:
     base: ModelRef
     objective: ObjectiveSpec
     training: dict[str, Any]
+    model_sha256: str
+    tokenizer_sha256: str
     dataset_sha256: str
     seed: int
     evaluation: Evaluation
@@ -60,8 +74,7 @@ def export_adapter(policy: Policy, final: Path, *, token: str, facts: CardFacts)
         "format": "kdpo-checkpoint-1",
         "kind": "adapter",
         "label": facts.label,
-        "base_model": facts.base.model_dump(mode="json"),
-        "dataset_sha256": facts.dataset_sha256,
+        **_sources(facts),
         "seed": facts.seed,
         "versions": versions(),
     }
@@ -106,8 +119,10 @@ def export_merged(
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for name in ("README.md", TRAINING_CONFIG):
-            (folder / name).write_bytes((adapter_folder / name).read_bytes())
+        (folder / TRAINING_CONFIG).write_bytes((adapter_folder / TRAINING_CONFIG).read_bytes())
+        adapter_card = (adapter_folder / "README.md").read_text(encoding="utf-8")
+        card = _merged_card(adapter_card, precision=str(merged.dtype).removeprefix("torch."))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         _write_sums(folder)
 
     return seal_folder(
@@ -129,13 +144,22 @@ def base_name(base: ModelRef) -> str:
 
 def _training_config(facts: CardFacts) -> dict[str, Any]:
     return {
-        "base_model": facts.base.model_dump(mode="json"),
+        **_sources(facts),
         "objective": facts.objective.model_dump(mode="json"),
         "training": facts.training,
         "mixture_weights": facts.mixture_weights,
-        "dataset_sha256": facts.dataset_sha256,
         "seed": facts.seed,
         "versions": versions(),
+    }
+
+
+def _sources(facts: CardFacts) -> dict[str, Any]:
+    """What was read: the base by name and by content, the tokenizer's files, the data."""
+    return {
+        "base_model": facts.base.model_dump(mode="json"),
+        "model_sha256": facts.model_sha256,
+        "tokenizer_sha256": facts.tokenizer_sha256,
+        "dataset_sha256": facts.dataset_sha256,
     }
 
 
@@ -168,7 +192,7 @@ def _card(facts: CardFacts) -> str:
         "---",
         f"# {facts.base.name}, aligned with {objective.label}",
         "",
-        "A LoRA adapter trained on preference pairs by kdpo (DPO-Kernels, arXiv 2501.03271).",
+        _ADAPTER_IS,
         "",
         "| | |",
         "|---|---|",
@@ -203,10 +227,7 @@ def _card(facts: CardFacts) -> str:
         "## Use",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
+        *_ADAPTER_USE,
         'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
         "```",
         "",
@@ -216,6 +237,24 @@ def _card(facts: CardFacts) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _merged_card(adapter_card: str, *, precision: str) -> str:
+    """Turn the card of an adapter into that of the full model that it was merged into."""
+    merged_is = (
+        "Full weights: a LoRA adapter trained on preference pairs by kdpo (DPO-Kernels, arXiv "
+        f"2501.03271), merged into its base in float32 and stored as {precision}. The numbers "
+        "below were measured with the adapter before merging."
+    )
+    card = adapter_card
+    for old, new in (
+        ("library_name: peft", "library_name: transformers"),
+        (_ADAPTER_IS, merged_is),
+        ("\n".join(_ADAPTER_USE), "\n".join(_MERGED_USE)),
+    ):
+        assert old in card, "the adapter's card verifies, so it is as it was written"
+        card = card.replace(old, new)
+    return card
 
 
 def _term(term: KernelTerm | PenaltyTerm | LinkTerm | None) -> str:

@@ -92,27 +92,29 @@ def test_lowest_feasible_log_loss_wins():
 
 def test_ties_go_to_the_lower_drift_and_it_is_said():
     results = [
-        trial(0, 0.405, drift=0.05),
-        trial(1, 0.4, drift=0.2, se=0.01),
-        trial(2, 0.42, drift=0.001),
+        trial(0, 0.405, drift=0.05, se=0.01),
+        trial(1, 0.4, drift=0.2),
+        trial(2, 0.405, drift=0.001, se=0.004),
     ]
     found = select_winner(results)
     assert (found.winner, found.tied) == (0, (1,))
-    assert "2 trials lie within one standard error (0.0100)" in found.reason
-    assert "a tie; trial 0 (t0) has the least drift of them, 0.0500" in found.reason
+    assert "2 trials tie: none is above the lowest feasible log-loss, 0.4000 of trial 1" in (
+        found.reason
+    )
+    assert "trial 0 (t0) has the least drift of them, 0.0500" in found.reason
 
 
 def test_equal_drift_goes_to_the_lower_log_loss_and_then_to_the_earlier_trial():
-    assert select_winner([trial(0, 0.401), trial(1, 0.4, se=0.1), trial(2, 0.4)]).winner == 1
+    assert select_winner([trial(0, 0.401, se=0.1), trial(1, 0.4), trial(2, 0.4)]).winner == 1
 
 
 def test_unknown_drift_loses_a_tie():
-    results = [trial(0, 0.4, drift=None, se=0.1), trial(1, 0.45, drift=9.0)]
+    results = [trial(0, 0.4, drift=None), trial(1, 0.45, drift=9.0, se=0.1)]
     assert select_winner(results).winner == 1
 
 
 def test_only_unknown_drifts_are_still_decided():
-    results = [trial(0, 0.45, drift=None), trial(1, 0.4, drift=None, se=0.1)]
+    results = [trial(0, 0.45, drift=None, se=0.1), trial(1, 0.4, drift=None)]
     found = select_winner(results)
     assert found.winner == 1
     assert "unknown" in found.reason

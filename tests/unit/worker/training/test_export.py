@@ -28,6 +28,8 @@ def facts(folder: Path, weights: dict[str, float] | None = None) -> CardFacts:
         base=ModelRef(name="micro", source="local", path=folder),
         objective=HMK,
         training={"learning_rate": 0.01},
+        model_sha256="a" * 64,
+        tokenizer_sha256="b" * 64,
         dataset_sha256="d" * 64,
         seed=7,
         evaluation=Evaluation(
