@@ -55,7 +55,10 @@ class RankedPair(SpecModel):
     kernel: str
     divergence: str
     mode: Literal["penalty", "link"]
-    score: Estimate
+    score: Estimate = Field(
+        description="a prior guess of the log-loss won over plain DPO, in percent, moved by the "
+        "metrics; an order in which to try pairs, not a measured effect (docs/selection.md)"
+    )
     reason: str
     evidence: dict[str, float]
     objective: ObjectiveSpec
@@ -68,7 +71,12 @@ class Recommendation(SpecModel):
     divergence: str
     runner_up: RankedPair
     margin: float
-    confidence: float = Field(ge=0.0, le=1.0, description="probability that rank 1 beats rank 2")
+    confidence: float = Field(
+        ge=0.0,
+        le=1.0,
+        description="how sure the prior-based scores are that rank 1 is above rank 2; not a "
+        "statistic of training runs",
+    )
     separated: bool
     kernels_separated: bool
     summary: str

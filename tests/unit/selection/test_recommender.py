@@ -232,8 +232,8 @@ def test_more_signal_never_lowers_a_kernel_among_the_others(kernel: KernelName, 
     ("metric", "gains", "loses"),
     [
         ("smoothness", DivergenceName.WASSERSTEIN, DivergenceName.KL),
-        ("overlap", DivergenceName.KL, DivergenceName.HELLINGER),
-        ("kurtosis", DivergenceName.KL, DivergenceName.HELLINGER),
+        ("overlap", DivergenceName.KL, DivergenceName.RENYI),
+        ("kurtosis", DivergenceName.KL, DivergenceName.RENYI),
         ("drift", DivergenceName.JENSEN_SHANNON, DivergenceName.KL),
     ],
 )
@@ -246,7 +246,17 @@ def test_each_reference_metric_moves_divergences_as_documented(
 
 def test_measured_divergences_lead_on_unremarkable_data():
     order = divergence_order(recommend(profile()))
-    assert order[:2] == [DivergenceName.WASSERSTEIN, DivergenceName.KL]
+    assert order[0] == DivergenceName.WASSERSTEIN
+    alike = {DivergenceName.KL, DivergenceName.JENSEN_SHANNON, DivergenceName.HELLINGER}
+    assert set(order[1:4]) == alike
+
+
+def test_divergences_of_equal_curvature_have_the_prior_of_kl_and_less_certainty():
+    kl = DIVERGENCES[DivergenceName.KL]
+    for name in (DivergenceName.JENSEN_SHANNON, DivergenceName.HELLINGER):
+        prior = DIVERGENCES[name]
+        assert (prior.gain, prior.drift_control) == (kl.gain, kl.drift_control)
+        assert prior.sd > kl.sd
 
 
 def test_wider_metric_intervals_never_narrow_a_score():
