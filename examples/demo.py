@@ -323,7 +323,7 @@ def report(
     versus = Table(title="Winner against plain DPO, same budget, held-out test split")
     for column in ("", "log-loss", "accuracy", "drift", "chosen displacement"):
         versus.add_column(column)
-    for name in ("run", "baseline"):
+    for name in ("run", "baseline") if result["baseline"] else ("run",):
         kernel, divergence = names_of(result[name]["objective"])
         numbers = result[name]["evaluation"]
         versus.add_row(
@@ -332,13 +332,8 @@ def report(
             f"{numbers['drift']:.4f}", f"{numbers['chosen_displacement']:+.3f}",
         )  # fmt: skip
     console.print(versus)
-    difference = result["comparison"]["log_loss"]
-    console.print(
-        f"log-loss, winner − DPO: {difference['value']:+.4f} "
-        f"[{difference['low']:+.4f}, {difference['high']:+.4f}] (95 %): "
-        f"{result['comparison']['verdict']}",
-        highlight=False,
-    )
+    console.print(result["comparison"]["sentence"], highlight=False)
+    console.print(f"verdict: {result['comparison']['verdict']}", highlight=False)
     sample = result["samples"][0]
     if answer.strip() != sample["aligned"].strip():
         raise DemoError(
