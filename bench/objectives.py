@@ -68,9 +68,9 @@ SIZES = (
     (4096, 150_000),
     (8192, 32_000),
     (8192, 150_000),
-    (2048, 32_000),
-    (2048, 150_000),
 )
+TRL_SIZES = ((2048, 32_000), (2048, 150_000))
+"""Further cells of the divergences that TRL has too."""
 WHOLE_LOGITS_LIMIT = 90_000_000
 """Tokens × vocabulary up to which whole logits are run: their peak is 40 to 90 bytes for each."""
 TRL_LIMIT = 400_000_000
@@ -276,11 +276,10 @@ def read_cells() -> dict[Cell, dict[str, object]]:
 
 
 def plan() -> Iterator[Cell]:
-    """Divergences that TRL has first, then the others; small cells before large ones."""
-    *sizes, largest = SIZES
+    """All cells: divergences that TRL has first, then the others; small cells before large ones."""
     others = [name for name in DIVERGENCES if name not in TRL_BETA]
-    for names, part in ((TRL_BETA, sizes), (others, sizes), (DIVERGENCES, [largest])):
-        for tokens, vocabulary in part:
+    for names, sizes in ((TRL_BETA, (*SIZES, *TRL_SIZES)), (others, SIZES)):
+        for tokens, vocabulary in sizes:
             for name in names:
                 yield Cell(name, tokens, vocabulary)
 
