@@ -46,6 +46,8 @@ def _die_with_parent() -> Callable[[], None] | None:
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def hook() -> None:
+        # A shell ignores it for what it starts with `&`, and children inherit that.
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
     return hook
