@@ -25,11 +25,12 @@ from core.spec import DivergenceName, ObjectiveSpec, PenaltyTerm
 from objectives import build_objective
 from worker.ingest.canonical import read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME, ingest
-from worker.training.loop import TrainingData, train
+from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import compute_reference
 from worker.training.resolve import TrainPlan
 from worker.training.states import reference_states
+from worker.training.step import TrainingData
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
 SUMMARY = ROOT / "bench" / "results" / "step.json"

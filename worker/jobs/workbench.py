@@ -27,7 +27,7 @@ from worker.training.encoder import encode_rows
 from worker.training.evaluate import Measured, measure
 from worker.training.export import versions
 from worker.training.folders import file_sha256
-from worker.training.loop import RunOutcome, TrainingData, train
+from worker.training.loop import RunOutcome, train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import (
     ReferenceTable,
@@ -39,6 +39,7 @@ from worker.training.reference import (
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
 from worker.training.states import ReferenceStates, reference_states
+from worker.training.step import TrainingData
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
 # Of a run's part of the progress bar: passes before its first step, where any are needed.

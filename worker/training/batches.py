@@ -1,99 +1,196 @@
-"""Pairs as padded tensors: [chosen; rejected] rows and where their response tokens are.
+"""Pairs as tensors, and where their response tokens are.
 
-Shapes: B pairs, 2B rows (chosen first), T padded length, N response tokens of all rows.
+Shapes: B pairs, N response tokens of all answers (chosen answers pair by pair, then rejected), T
+tokens of a packed row. Two forms: `SHARED` packs `[prompt | chosen | rejected]` of one pair after
+another into one row, so that each prompt is computed once and nothing is padded; `PLAIN` is 2B
+right-padded rows, chosen first, for models that cannot attend in a packed row.
 """
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from worker.training.attention import PairLengths, Segments, packed_positions, packed_starts
 from worker.training.tokenize import TokenizedPair
+
+
+class Form(StrEnum):
+    """How pairs lie in a batch."""
+
+    SHARED = "shared"
+    PLAIN = "plain"
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """`positions` (N,) index flattened (2B * T) hidden states whose next token is `labels` (N,).
+    """`states_at` (N,) index flattened hidden states whose next token is `labels` (N,).
 
-    `row` (N,) in [0, 2B) says whose token it is; `index` (B,) which pairs of the data these are,
-    `weight` (B,) what multiplies their losses.
+    `row` (N,) in [0, 2B) says whose token it is, chosen answers first; `order` and `index` (B,) are
+    which pairs of the data these are, `weight` (B,) what multiplies their losses. `part` says for
+    every flattened state which text it belongs to: prompts are [0, B), chosen answers [B, 2B),
+    rejected ones [2B, 3B), and 3B is none of them; `part_lengths` (3B,) are their tokens.
     """
 
+    order: tuple[int, ...]
     index: Tensor
     weight: Tensor
     input_ids: Tensor
-    attention_mask: Tensor
-    prompt_lengths: Tensor
-    lengths: Tensor
-    positions: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    segments: Segments | None
+    states_at: Tensor
     labels: Tensor
     row: Tensor
+    part: Tensor
+    part_lengths: Tensor
 
     @property
     def pairs(self) -> int:
         """B, the number of pairs."""
-        return self.prompt_lengths.shape[0]
-
-    @property
-    def response_lengths(self) -> Tensor:
-        """Number of response tokens, (2B,), chosen first."""
-        return self.lengths - self.prompt_lengths.repeat(2)
+        return len(self.order)
 
 
 def collate(
-    pairs: Sequence[TokenizedPair], index: Sequence[int], *, pad_id: int, device: torch.device
+    pairs: Sequence[TokenizedPair], index: Sequence[int], *, form: Form, device: torch.device
 ) -> PairBatch:
-    """Build the batch of `pairs[i] for i in index`, right-padded."""
+    """Build the batch of `pairs[i] for i in index`."""
     picked = [pairs[i] for i in index]
-    rows = [(p.prompt, p.chosen) for p in picked] + [(p.prompt, p.rejected) for p in picked]
-    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    width = max(lengths)
-    ids = torch.full((len(rows), width), pad_id)
-    positions: list[Tensor] = []
-    labels: list[int] = []
-    row_of: list[int] = []
-    for r, (prompt, answer) in enumerate(rows):
-        ids[r, : lengths[r]] = torch.tensor(prompt + answer)
-        start = r * width + len(prompt) - 1
-        positions.append(torch.arange(start, start + len(answer)))
-        labels.extend(answer)
-        row_of.extend([r] * len(answer))
-    total = torch.tensor(lengths)
+    layout = _packed(picked) if form is Form.SHARED else _padded(picked)
+    answers = [p.chosen for p in picked] + [p.rejected for p in picked]
+    lengths = torch.tensor([len(p.prompt) for p in picked] + [len(a) for a in answers])
     tensors = {
         "index": torch.tensor(list(index)),
         "weight": torch.tensor([p.weight for p in picked]),
-        "input_ids": ids,
-        "attention_mask": (torch.arange(width) < total[:, None]).long(),
-        "prompt_lengths": torch.tensor([len(p.prompt) for p in picked]),
-        "lengths": total,
-        "positions": torch.cat(positions),
-        "labels": torch.tensor(labels),
-        "row": torch.tensor(row_of),
+        "labels": torch.tensor([token for answer in answers for token in answer]),
+        "row": torch.arange(len(answers)).repeat_interleave(lengths[len(picked) :]),
+        "part_lengths": lengths,
+        "input_ids": layout.input_ids,
+        "states_at": layout.states_at,
+        "part": layout.part,
     }
-    return PairBatch(**{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+    segments = Segments(tuple(_lengths(p) for p in picked), device) if form is Form.SHARED else None
+    position_ids, mask = layout.position_ids, layout.attention_mask
+    return PairBatch(
+        order=tuple(index),
+        position_ids=None if position_ids is None else position_ids.to(device, non_blocking=True),
+        attention_mask=None if mask is None else mask.to(device, non_blocking=True),
+        segments=segments,
+        **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    input_ids: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    states_at: Tensor
+    part: Tensor
+
+
+def _lengths(pair: TokenizedPair) -> PairLengths:
+    return PairLengths(len(pair.prompt), len(pair.chosen), len(pair.rejected))
+
+
+def _packed(picked: Sequence[TokenizedPair]) -> _Layout:
+    lengths = tuple(_lengths(p) for p in picked)
+    ids = [token for p in picked for part in (p.prompt, p.chosen, p.rejected) for token in part]
+    chosen, rejected = [], []
+    for start, n in zip(packed_starts(lengths), lengths, strict=True):
+        # Both answers begin after the prompt's last token.
+        prompt_end, chosen_end = start + n.prompt - 1, start + n.prompt + n.chosen - 1
+        chosen.append(torch.arange(prompt_end, chosen_end))
+        rejected += [
+            torch.tensor([prompt_end]),
+            torch.arange(chosen_end + 1, chosen_end + n.rejected),
+        ]
+    b = len(picked)
+    numbers = torch.tensor([[i, b + i, 2 * b + i] for i in range(b)]).flatten()
+    counts = torch.tensor([[n.prompt, n.chosen, n.rejected] for n in lengths]).flatten()
+    return _Layout(
+        input_ids=torch.tensor([ids]),
+        position_ids=packed_positions(lengths)[None],
+        attention_mask=None,
+        states_at=torch.cat([*chosen, *rejected]),
+        part=numbers.repeat_interleave(counts),
+    )
+
+
+def _padded(picked: Sequence[TokenizedPair]) -> _Layout:
+    rows = [(p.prompt, p.chosen) for p in picked] + [(p.prompt, p.rejected) for p in picked]
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
+    width, b = int(lengths.max()), len(picked)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    part = torch.full((len(rows), width), 3 * b)
+    states_at = []
+    for r, (prompt, answer) in enumerate(rows):
+        p, end = len(prompt), len(prompt) + len(answer)
+        ids[r, :end] = torch.tensor(prompt + answer)
+        states_at.append(torch.arange(r * width + p - 1, r * width + end - 1))
+        if r < b:
+            part[r, :p] = r
+        part[r, p:end] = b + r
+    return _Layout(
+        input_ids=ids,
+        position_ids=None,
+        attention_mask=(torch.arange(width) < lengths[:, None]).long(),
+        states_at=torch.cat(states_at),
+        part=part.flatten(),
+    )
+
+
+def computed_tokens(pair: TokenizedPair, form: Form) -> int:
+    """Tokens that a model runs through for a pair, padding not counted."""
+    answers = len(pair.chosen) + len(pair.rejected)
+    return answers + len(pair.prompt) * (1 if form is Form.SHARED else 2)
 
 
 def micro_batches(
-    pairs: Sequence[TokenizedPair], index: Sequence[int], *, max_pairs: int, max_tokens: int
+    pairs: Sequence[TokenizedPair], index: Sequence[int], *, max_tokens: int, form: Form
 ) -> list[list[int]]:
-    """Split pairs into groups of similar length, none above both limits unless it is one pair.
+    """Split pairs into groups of at most `max_tokens` tokens each, padding included.
 
-    Sorted by length (ties by position), so that little is padded; a pure function of its
-    arguments. Group sizes are as equal as the limits allow.
+    A pair above the limit is a group of its own. A pure function of its arguments. Packed rows are
+    filled evenly: longest pair first, each into the row that has least; padded ones are cut from
+    the pairs sorted by length, so that little is padded.
     """
-    ordered = sorted(index, key=lambda i: pairs[i].length)
-    groups: list[list[int]] = []
-    size = math.ceil(len(ordered) / max(1, math.ceil(len(ordered) / max_pairs)))
-    group: list[int] = []
+    if form is Form.PLAIN:
+        return _sorted_groups(pairs, index, max_tokens=max_tokens)
+    sizes = {i: computed_tokens(pairs[i], form) for i in index}
+    ordered = sorted(index, key=lambda i: (-sizes[i], i))
+    count = max(1, math.ceil(sum(sizes[i] for i in ordered) / max_tokens))
+    while True:
+        groups = _filled(ordered, sizes, count)
+        fits = all(len(g) == 1 or sum(sizes[i] for i in g) <= max_tokens for g in groups)
+        if fits or count == len(ordered):
+            return groups
+        count += 1
+
+
+def _filled(ordered: Sequence[int], sizes: dict[int, int], count: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(min(count, len(ordered)))]
+    heap = [(0, number) for number in range(len(groups))]
     for i in ordered:
-        if group and (len(group) == size or 2 * (len(group) + 1) * pairs[i].length > max_tokens):
-            groups.append(group)
-            group = []
-        group.append(i)
-    if group:
-        groups.append(group)
+        filled, number = heapq.heappop(heap)
+        groups[number].append(i)
+        heapq.heappush(heap, (filled + sizes[i], number))
+    return groups
+
+
+def _sorted_groups(
+    pairs: Sequence[TokenizedPair], index: Sequence[int], *, max_tokens: int
+) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for i in sorted(index, key=lambda i: (pairs[i].length, i)):
+        if groups and 2 * (len(groups[-1]) + 1) * pairs[i].length <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     return groups
 
 

@@ -15,7 +15,7 @@ from objectives import build_divergence, segment_sum, streamed_divergence
 from worker.training.batches import collate, micro_batches
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
-from worker.training.reference import FORWARD_PAIRS, FORWARD_TOKENS
+from worker.training.reference import FORWARD_TOKENS
 from worker.training.states import ReferenceStates
 from worker.training.tokenize import TokenizedPair
 
@@ -93,8 +93,8 @@ def measure(
     n = len(pairs)
     out = np.zeros((3, n))
     done = 0
-    for group in micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS):
-        batch = collate(pairs, group, pad_id=0, device=policy.device)
+    for group in micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form):
+        batch = collate(pairs, group, form=policy.form, device=policy.device)
         if reference is not None:
             base = reference.of(batch)
         else:

@@ -1,7 +1,7 @@
-"""One forward of chosen and rejected rows: log-probs, embeddings, divergence from the reference.
+"""One forward of a batch of pairs: log-probs, embeddings, divergence from the reference.
 
-Shapes: B pairs, 2B rows (chosen first), N response tokens, H width, V vocabulary. The output layer
-is applied at response positions only, in tiles, so that memory does not grow with N * V.
+Shapes: B pairs, 2B answers (chosen first), N response tokens, H width, V vocabulary. The output
+layer is applied at response positions only, in tiles, so that memory does not grow with N * V.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from objectives import (
 )
 from worker.training.batches import PairBatch
 from worker.training.model import Policy
+from worker.training.sharing import run_trunk
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,9 @@ class TokenScores:
 
 def hidden_states(policy: Policy, batch: PairBatch, *, embeddings: bool) -> Hidden:
     """Run the trunk once; the adapter counts unless the caller is in `policy.as_reference()`."""
-    states = policy.trunk(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    flat = states.reshape(-1, states.shape[-1])
+    states = run_trunk(policy.causal, batch, attention=policy.attention)
     return Hidden(
-        states=flat.index_select(0, batch.positions),
+        states=states.index_select(0, batch.states_at),
         embeddings=_pool(states, batch) if embeddings else None,
     )
 
@@ -82,19 +80,7 @@ def score_tokens(
 
 
 def _pool(states: Tensor, batch: PairBatch) -> PairEmbeddings:
-    """Mean hidden state over the prompt (of the chosen row) and over each response, (B, H)."""
-    b = batch.pairs
-    column = torch.arange(states.shape[1], device=states.device)
-    prompt_end = batch.prompt_lengths[:, None]
-    of_prompt = (column < prompt_end).float()
-    of_answer = ((column >= prompt_end.repeat(2, 1)) & (column < batch.lengths[:, None])).float()
-    answers = _masked_mean(states, of_answer)
-    return PairEmbeddings(
-        prompt=_masked_mean(states[:b], of_prompt), chosen=answers[:b], rejected=answers[b:]
-    )
-
-
-def _masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over T of (R, T, H) where mask (R, T) is 1, float32, shape (R, H)."""
-    total = torch.bmm(mask[:, None, :], states.float()).squeeze(1)
-    return total / mask.sum(-1, keepdim=True)
+    """Mean hidden state over each prompt and each answer, float32, (B, H) each."""
+    parts = torch.arange(batch.part_lengths.shape[0], device=states.device)
+    share = (batch.part == parts[:, None]) / batch.part_lengths[:, None]
+    return PairEmbeddings(*(share @ states.float()).split(batch.pairs))

@@ -6,7 +6,6 @@ depends on is a pure function of the step (data order, learning rate) or part of
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,36 +14,17 @@ from torch import Tensor
 
 from core.errors import FailureCode, KdpoError, RunAborted
 from core.lifecycle import EndedBy
-from core.spec import PenaltyTerm
-from objectives import HybridObjective, PairEmbeddings, PreferenceBatch, streamed_divergence
-from worker.training.batches import DataOrder, PairBatch, collate, micro_batches
+from objectives import HybridObjective
+from worker.training.batches import DataOrder
 from worker.training.checkpoint import ResumeStore, SavedState
-from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.resolve import TrainPlan
-from worker.training.states import ReferenceStates
-from worker.training.tokenize import TokenizedPair
+from worker.training.step import PairLoss, PairStep, TrainingData
 
-MICRO_PAIRS = {"cpu": 4, "cuda": 64}
-MICRO_TOKENS = {"cpu": 8_192, "cuda": 32_768}
 METRIC_POINTS = 60
 _NAMED_PAIRS = 32
 _ADAPTER, _OPTIMIZER, _WEIGHTS, _WINDOW = "adapter.", "optimizer.", "objective.", "window."
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Pairs to train on, what the reference says about them, and frozen embeddings if used.
-
-    Without `reference_states` the base is run again at every step with a penalty.
-    """
-
-    pairs: Sequence[TokenizedPair]
-    chosen_log_prob: Tensor
-    rejected_log_prob: Tensor
-    frozen_embeddings: PairEmbeddings | None = None
-    reference_states: ReferenceStates | None = None
 
 
 class RunHooks(Protocol):
@@ -138,8 +118,11 @@ def _go(run: "_Run", hooks: RunHooks, store: ResumeStore | None) -> None:
             hooks.raise_if_stopped()
         try:
             run.advance()
-        except torch.cuda.OutOfMemoryError as error:
-            raise _Ended(EndedBy.OOM, f"step {run.step + 1} ran out of device memory") from error
+        except torch.OutOfMemoryError as error:
+            raise _Ended(
+                EndedBy.OOM,
+                f"step {run.step + 1} ran out of device memory with one pair at a time",
+            ) from error
         if run.step % every == 0 or run.step == total:
             hooks.metrics(run.step, run.close_window())
         hooks.stepped(run.step, total)
@@ -163,17 +146,12 @@ class _Run:
     ) -> None:
         policy.reset_adapter(plan.seed)
         self.policy = policy
-        self.objective = objective.to(policy.device)
+        self.objective = objective
         self.data = data
         self.plan = plan
         self.order = DataOrder(len(data.pairs), batch_size=plan.batch_size, seed=plan.seed)
         self.step = 0
-        term = objective.spec.divergence_term
-        self._divergence = (
-            streamed_divergence(term.divergence, objective.divergence)
-            if isinstance(term, PenaltyTerm) and objective.divergence is not None
-            else None
-        )
+        self._pair_step = PairStep(PairLoss(policy, objective), policy, data)
         self._adapter = policy.adapter()
         self._weights = dict(objective.named_parameters())
         groups: list[dict[str, object]] = [
@@ -197,10 +175,6 @@ class _Run:
         self._finite: list[tuple[int, Tensor]] = []
         self._seconds_before = 0.0
         self._since = time.monotonic()
-        device = policy.device
-        self._reference = (data.chosen_log_prob.to(device), data.rejected_log_prob.to(device))
-        frozen = data.frozen_embeddings
-        self._frozen = None if frozen is None else _embeddings_to(frozen, device)
 
     def seconds(self) -> float:
         """Time spent by all attempts, not counting work that was lost."""
@@ -211,8 +185,10 @@ class _Run:
         rate = self.plan.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["base_lr"]
-        self._optimizer.zero_grad(set_to_none=True)
-        metrics = self._accumulate(self.order.pairs_of(self.step))
+        index = self.order.pairs_of(self.step)
+        metrics = self._pair_step.accumulate(
+            index, denominator=len(index), clear=self._optimizer.zero_grad
+        )
         norm = torch.nn.utils.clip_grad_norm_(
             list(self._adapter.values()), self.plan.max_grad_norm, foreach=True
         )
@@ -287,67 +263,6 @@ class _Run:
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.policy.device)
 
-    def _accumulate(self, index: list[int]) -> dict[str, Tensor]:
-        """Backward over the micro-batches of a step; the denominator is the step's pairs."""
-        pairs, kind = self.data.pairs, self.policy.device.type
-        groups = micro_batches(
-            pairs, index, max_pairs=MICRO_PAIRS[kind], max_tokens=MICRO_TOKENS[kind]
-        )
-        loss_total = self._reference[0].new_zeros(())
-        totals: dict[str, Tensor] = {}
-        for number, group in enumerate(groups):
-            batch = collate(pairs, group, pad_id=0, device=self.policy.device)
-            inputs, logps = self._inputs(batch)
-            output = self.objective(inputs)
-            loss = output.loss.sum() / len(index)
-            if number == 0:
-                loss = loss + output.regularizer
-            loss.backward()
-            loss_total = loss_total + loss.detach()
-            for name, value in (logps | output.metrics).items():
-                if value.ndim == 0:
-                    totals[name] = value
-                else:
-                    totals[name] = totals.get(name, value.new_zeros(())) + value.sum() / len(index)
-        return {"loss": loss_total, **totals}
-
-    def _inputs(self, batch: PairBatch) -> tuple[PreferenceBatch, dict[str, Tensor]]:
-        spec = self.objective.spec
-        divergence = self._divergence
-        from_policy = spec.kernel_term is not None and spec.kernel_term.embedding == "policy"
-        reference_states = None if divergence is None else self._reference_states(batch)
-        hidden = hidden_states(self.policy, batch, embeddings=from_policy)
-        scores = score_tokens(
-            self.policy.head,
-            hidden.states,
-            batch.labels,
-            reference_states=reference_states,
-            divergence=divergence,
-        )
-        embeddings = hidden.embeddings
-        if spec.kernel_term is not None and not from_policy:
-            assert self._frozen is not None
-            embeddings = PairEmbeddings(
-                self._frozen.prompt[batch.index],
-                self._frozen.chosen[batch.index],
-                self._frozen.rejected[batch.index],
-            )
-        chosen, rejected = scores.sequence_log_probs(batch)
-        inputs = PreferenceBatch(
-            log_ratio_chosen=chosen - self._reference[0][batch.index],
-            log_ratio_rejected=rejected - self._reference[1][batch.index],
-            embeddings=embeddings,
-            token_divergence=None if divergence is None else scores.pair_divergence(batch),
-            weight=batch.weight,
-        )
-        return inputs, {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
-
-    def _reference_states(self, batch: PairBatch) -> Tensor:
-        if self.data.reference_states is not None:
-            return self.data.reference_states.of(batch)
-        with torch.no_grad(), self.policy.as_reference():
-            return hidden_states(self.policy, batch, embeddings=False).states
-
     def _raise_if_not_finite(self) -> None:
         flags, self._finite = self._finite, []
         if not flags:
@@ -377,9 +292,3 @@ class _Run:
                 failure=FailureCode.INTERNAL,
                 hint="the stored reference belongs to other weights; report this",
             )
-
-
-def _embeddings_to(embeddings: PairEmbeddings, device: torch.device) -> PairEmbeddings:
-    return PairEmbeddings(
-        embeddings.prompt.to(device), embeddings.chosen.to(device), embeddings.rejected.to(device)
-    )

@@ -1,10 +1,11 @@
 """The base model with one low-rank adapter, reset in place between runs, off for the reference."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 from core.errors import FailureCode, RunAborted
 from core.run_spec import LoraSpec
+from worker.training.attention import SharedAttention
+from worker.training.batches import Form
+from worker.training.sharing import choose_attention
 from worker.training.tokenize import load_tokenizer
+
+log = logging.getLogger("kdpo.training")
 
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -37,6 +43,13 @@ class Policy:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    attention: SharedAttention | None = None
+    """How packed pairs attend; None where the model has to see padded rows."""
+
+    @property
+    def form(self) -> Form:
+        """How its batches are laid out."""
+        return Form.PLAIN if self.attention is None else Form.SHARED
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -132,7 +145,12 @@ def load_policy(folder: Path, *, lora: LoraSpec, device: torch.device) -> Policy
     policy = Policy(model=model, tokenizer=tokenizer, device=device)
     policy.reset_adapter(0)
     _check_head(policy, folder)
-    return policy
+    sharing = choose_attention(policy.causal, device=device)
+    if sharing.attention is None:
+        log.warning("every prompt is run twice, in padded rows: %s", sharing.reason)
+    else:
+        log.info("prompts are shared: %s %s", sharing.attention.name, sharing.reason)
+    return replace(policy, attention=sharing.attention)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from worker.training.model import Policy
 from worker.training.tokenize import TokenizedPair
 
 TOKEN_SAMPLE = 4096
-FORWARD_PAIRS = 8
-FORWARD_TOKENS = 16_384
+FORWARD_TOKENS = 4_096
 _FORMAT = "kdpo-reference-2"
 _TOKENIZER_FILES = frozenset(
     {
@@ -141,10 +140,10 @@ def compute_reference(
     stride = max(1, math.ceil(responses / TOKEN_SAMPLE))
     sampled: list[Tensor] = []
     done, seen = 0, 0
-    groups = micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS)
+    groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
     with policy.as_reference():
         for group in groups:
-            batch = collate(pairs, group, pad_id=0, device=policy.device)
+            batch = collate(pairs, group, form=policy.form, device=policy.device)
             hidden = hidden_states(policy, batch, embeddings=True)
             scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
             assert hidden.embeddings is not None

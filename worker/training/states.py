@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.training.batches import PairBatch, collate, micro_batches
 from worker.training.forward import hidden_states
 from worker.training.model import Policy
-from worker.training.reference import FORWARD_PAIRS, FORWARD_TOKENS, Progress
+from worker.training.reference import FORWARD_TOKENS, Progress
 from worker.training.tokenize import TokenizedPair
 
 log = logging.getLogger("kdpo.training")
@@ -62,10 +62,10 @@ def reference_states(
     states = torch.empty(total, policy.hidden_size, dtype=dtype, device=policy.device)
     table = ReferenceStates(states, starts=lengths.cumsum(0) - lengths, lengths=lengths)
     done, n = 0, len(pairs)
-    groups = micro_batches(pairs, range(n), max_pairs=FORWARD_PAIRS, max_tokens=FORWARD_TOKENS)
+    groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
     with policy.as_reference():
         for group in groups:
-            batch = collate(pairs, group, pad_id=0, device=policy.device)
+            batch = collate(pairs, group, form=policy.form, device=policy.device)
             rows = torch.cat([batch.index, batch.index + n])
             places = table._places(rows, batch.labels.shape[0])
             states[places] = hidden_states(policy, batch, embeddings=False).states

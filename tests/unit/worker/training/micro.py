@@ -16,11 +16,12 @@ from transformers import (
 from core.run_spec import LoraSpec
 from objectives import Geometry, build_objective, fit_geometry
 from worker.training.checkpoint import SavedState
-from worker.training.loop import RunOutcome, TrainingData, train
+from worker.training.loop import RunOutcome, train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import ReferenceTable, compute_reference
 from worker.training.resolve import TrainPlan
 from worker.training.states import ReferenceStates
+from worker.training.step import TrainingData
 from worker.training.tokenize import TokenizedPair
 
 TINY_LM = Path(__file__).parents[4] / "examples" / "models" / "tiny-lm"

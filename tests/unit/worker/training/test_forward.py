@@ -12,7 +12,7 @@ from tests.unit.worker.training.micro import (
     micro_policy,
     random_pairs,
 )
-from worker.training.batches import DataOrder, collate, micro_batches, permutation
+from worker.training.batches import DataOrder, Form, collate, micro_batches, permutation
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.states import reference_states
@@ -32,7 +32,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 def test_log_probs_and_embeddings_equal_one_sequence_at_a_time(policy: Policy) -> None:
     pairs = random_pairs(7)
-    batch = collate(pairs, [6, 0, 3, 2], pad_id=0, device=CPU)
+    batch = collate(pairs, [6, 0, 3, 2], form=policy.form, device=CPU)
     with torch.no_grad():
         hidden = hidden_states(policy, batch, embeddings=True)
         scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
@@ -61,7 +61,7 @@ def test_log_probs_and_embeddings_equal_one_sequence_at_a_time(policy: Policy) -
 
 
 def test_adapter_off_is_the_reference(policy: Policy) -> None:
-    batch = collate(random_pairs(4), range(4), pad_id=0, device=CPU)
+    batch = collate(random_pairs(4), range(4), form=policy.form, device=CPU)
     with torch.no_grad():
         on = hidden_states(policy, batch, embeddings=False).states
         with policy.as_reference():
@@ -76,7 +76,7 @@ def test_adapter_off_is_the_reference(policy: Policy) -> None:
 def test_scores_and_gradients_are_those_of_whole_logits(
     policy: Policy, name: DivergenceName
 ) -> None:
-    batch = collate(random_pairs(4), range(4), pad_id=0, device=CPU)
+    batch = collate(random_pairs(4), range(4), form=policy.form, device=CPU)
     spec = TypeAdapter(DivergenceSpec).validate_python({"type": name.value})
     divergence = build_divergence(spec, head=policy.head.weight)
     with torch.no_grad(), policy.as_reference():
@@ -107,7 +107,7 @@ def test_reference_states_are_those_of_the_base_in_every_batch(policy: Policy) -
     stored = reference_states(policy, pairs, budget_bytes=1 << 30, progress=ignore_progress)
     assert stored is not None
     for index in ([3], [5, 0, 12], list(range(13))):
-        batch = collate(pairs, index, pad_id=0, device=CPU)
+        batch = collate(pairs, index, form=policy.form, device=CPU)
         with torch.no_grad(), policy.as_reference():
             fresh = hidden_states(policy, batch, embeddings=False).states
         torch.testing.assert_close(stored.of(batch), fresh, rtol=1e-5, atol=1e-5)
@@ -121,15 +121,26 @@ def refuse(done: int, total: int) -> None:
     raise AssertionError(f"the base was run: {done} of {total}")
 
 
-def test_micro_batches_hold_every_pair_once_within_the_limits() -> None:
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("max_tokens", [1, 40, 96, 10_000])
+def test_micro_batches_hold_every_pair_once_within_the_limit(form: Form, max_tokens: int) -> None:
     pairs = random_pairs(30)
-    groups = micro_batches(pairs, range(30), max_pairs=4, max_tokens=96)
-    assert sorted(i for group in groups for i in group) == list(range(30))
+    index = [*range(30), 7, 7]
+    groups = micro_batches(pairs, index, max_tokens=max_tokens, form=form)
+    assert sorted(i for group in groups for i in group) == sorted(index)
     for group in groups:
-        assert len(group) <= 4
-        assert len(group) == 1 or 2 * len(group) * max(pairs[i].length for i in group) <= 96
-    lengths = [pairs[i].length for group in groups for i in group]
-    assert lengths == sorted(lengths)
+        batch = collate(pairs, group, form=form, device=CPU)
+        assert len(group) == 1 or batch.input_ids.numel() <= max_tokens
+
+
+def test_packed_rows_are_filled_evenly_and_not_padded() -> None:
+    pairs = random_pairs(60)
+    groups = micro_batches(pairs, range(60), max_tokens=160, form=Form.SHARED)
+    batches = [collate(pairs, group, form=Form.SHARED, device=CPU) for group in groups]
+    sizes = [batch.input_ids.shape[1] for batch in batches]
+    assert sum(sizes) == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    assert max(sizes) - min(sizes) <= max(pairs[i].length for i in range(60))
+    assert len(groups) <= -(-sum(sizes) // 160) + 1
 
 
 def test_data_order_is_every_epochs_permutation_cut_into_steps() -> None:

@@ -19,7 +19,7 @@ from core.spec import (
     PenaltyTerm,
 )
 from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder, ignore_progress
-from worker.training import loop
+from worker.training import loop, step
 from worker.training.resolve import TrainPlan, auto_learning_rate, resolve_plan
 from worker.training.states import reference_states
 
@@ -139,7 +139,7 @@ def test_micro_batches_do_not_change_the_result(
 ) -> None:
     whole, parts = Recorder(), Recorder()
     bench.train(HMK, hooks=whole, total_steps=1)
-    monkeypatch.setitem(loop.MICRO_PAIRS, "cpu", micro)
+    monkeypatch.setitem(step.MICRO_TOKENS, "cpu", 40 // micro)
     bench.train(HMK, hooks=parts, total_steps=1)
     # Margins of a fresh adapter are rounding noise, and so is their sign.
     noise = "rewards/accuracies"
