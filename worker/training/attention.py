@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from core.errors import KdpoError
+
 PACKED = "kdpo_packed"
 
 
@@ -104,8 +106,10 @@ class Segments:
         return create_block_mask(sees, None, None, count, count, device=str(self.device))
 
 
-class UnsupportedAttention(ValueError):
-    """A layer asks for something that attention by segments does not compute."""
+class UnsupportedAttention(KdpoError):
+    """A layer asks for something that attention over packed pairs does not compute."""
+
+    default_code = "unsupported_attention"
 
 
 def packed_attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from worker.training.attention import SharedAttention, register
+from worker.training.attention import SharedAttention, UnsupportedAttention, register
 from worker.training.batches import Form, PairBatch, collate
 from worker.training.tokenize import TokenizedPair
 
@@ -135,7 +135,7 @@ def _difference(
             return "the model does not let its attention be set"
         with torch.no_grad():
             found = run_trunk(causal, batch, attention=candidate)[batch.states_at]
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (UnsupportedAttention, TypeError, ValueError, RuntimeError, ImportError) as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     if found.shape != expected.shape:
         return f"hidden states have shape {tuple(found.shape)}, expected {tuple(expected.shape)}"

@@ -137,7 +137,7 @@ def test_stop_tokens_may_be_one_several_or_none() -> None:
 def test_the_token_sample_is_even_over_all_batches(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "FORWARD_PAIRS", 1)
+    monkeypatch.setattr(reference, "FORWARD_TOKENS", 40)
     everything = reference.compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
     tokens = everything.token_log_probs
     monkeypatch.setattr(reference, "TOKEN_SAMPLE", len(tokens) // 5)
