@@ -45,6 +45,41 @@ class GeneratedSample(SpecModel):
     aligned: str
 
 
+class TailFit(SpecModel):
+    """A power law p(x) ~ x^-alpha fitted to the eigenvalues >= x_min of one W^T W."""
+
+    alpha: float
+    x_min: float
+    ks_distance: float = Field(description="of the fitted law from the tail; small fits well")
+    tail_values: int = Field(description="number of eigenvalues >= x_min")
+
+
+class LayerTail(SpecModel):
+    """One linear weight before and after training; without fits, why it was passed over."""
+
+    layer: str
+    rows: int
+    cols: int
+    before: TailFit | None = None
+    after: TailFit | None = None
+    skipped: str | None = None
+
+
+class HeavyTails(SpecModel):
+    """Power-law exponents of the weights that a run trained (docs/maths.md, "Heavy tails")."""
+
+    layers: tuple[LayerTail, ...]
+    measured: int
+    mean_before: float | None
+    mean_after: float | None
+    median_before: float | None
+    median_after: float | None
+    changed: int = Field(description="layers whose alpha moved by more than `changed_by`")
+    changed_by: float
+    outliers: tuple[str, ...] = Field(description="layers whose alpha left the range 2 to 6")
+    sentence: str
+
+
 class RunSummary(SpecModel):
     """One full-length run and what came of it."""
 
@@ -81,5 +116,8 @@ class TrainingResult(SpecModel):
     baseline: RunSummary | None = Field(description="plain DPO's run; null when it diverged")
     comparison: Comparison
     samples: tuple[GeneratedSample, ...]
+    heavy_tails: HeavyTails | None = Field(
+        default=None, description="of `run`; null in results of versions that did not measure it"
+    )
     attention: tuple[str, ...] = ()
     bundle: dict[str, str] = Field(description="seeds, hashes and versions for a rerun")

@@ -106,6 +106,7 @@ def outcome_of(world: TrainingWorld, job_id: str, result: dict[str, Any]) -> dic
         "evaluation": parsed.run.evaluation.model_dump(),
         "comparison": parsed.comparison.model_dump(),
         "samples": [sample.model_dump() for sample in parsed.samples],
+        "heavy_tails": None if parsed.heavy_tails is None else parsed.heavy_tails.model_dump(),
         "winner": parsed.search.winner_trial,
         "tied": parsed.search.tied_trials,
         "weights": parsed.run.mixture_weights,
@@ -132,6 +133,10 @@ def test_auto_ends_with_evidence(uninterrupted: dict[str, Any]) -> None:
     assert uninterrupted["trials"][0][3]["objective"]["divergence_term"] is None
     assert uninterrupted["trials"][1][2] == "recommended"
     assert len(uninterrupted["samples"]) == 3
+    assert all(set(sample) == {"prompt", "base", "aligned"} for sample in uninterrupted["samples"])
+    tails = uninterrupted["heavy_tails"]
+    assert tails["measured"] == len(tails["layers"]) == 14
+    assert all(layer["before"] != layer["after"] for layer in tails["layers"])
     steps = [step for step, _ in uninterrupted["curves"]["train"]]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > len(uninterrupted["curves"]["trial:0"])
@@ -265,6 +270,7 @@ def test_plain_dpo_is_its_own_baseline_and_can_be_merged(world: TrainingWorld) -
     assert result.run.steps == 2
     assert result.run.seconds < 60
     assert result.bundle["seed"] == "7"
+    assert result.heavy_tails is not None
     with world.database.reading() as session:
         steps = StepRepository(session).of_job(job_id)
         job = JobRepository(session).get(world.owner_id, job_id)
@@ -276,6 +282,7 @@ def test_plain_dpo_is_its_own_baseline_and_can_be_merged(world: TrainingWorld) -
     assert job.gpu_seconds > 0
     assert (row.kind, row.label, row.step) == ("adapter", "final", 2)
     folder = world.settings.artifact_dir / row.path
+    assert result.heavy_tails.sentence in (folder / "README.md").read_text()
     open_sealed(folder, manifest_name="manifest.json", sha256=row.manifest_sha256)
     for file in row.files:
         assert (folder / file["path"]).stat().st_size == file["bytes"]

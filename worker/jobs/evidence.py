@@ -1,6 +1,6 @@
 """What the steps of a fine-tuning job hand on to each other, kept as their results."""
 
-from core.results import Comparison, Evaluation, RunSummary
+from core.results import Comparison, Evaluation, HeavyTails, RunSummary
 from core.run_spec import CandidateSpec
 from core.spec import SpecModel
 from worker.jobs.workbench import RunRequest
@@ -57,6 +57,7 @@ class Evidence(SpecModel):
     baseline: Evaluation | None
     comparison: Comparison
     attention: tuple[str, ...]
+    heavy_tails: HeavyTails
     checkpoint_id: str
     baseline_checkpoint_id: str | None
 

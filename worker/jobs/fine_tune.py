@@ -24,7 +24,7 @@ from worker.jobs.evidence import Evidence, Plan, Trained, run_summary
 from worker.jobs.flags import raise_flags
 from worker.jobs.publish import publish_folder
 from worker.jobs.recommend import make_recommendation, stored_recommendation
-from worker.jobs.scopes import Span
+from worker.jobs.scopes import Reporter, Span
 from worker.jobs.search_trials import Choice, search
 from worker.jobs.workbench import (
     Workbench,
@@ -41,6 +41,7 @@ from worker.training.evaluate import (
 )
 from worker.training.export import CardFacts, export_adapter, versions
 from worker.training.generate import generate_samples
+from worker.training.heavy_tail import heavy_tails
 
 _METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 _AUTO_STEPS = {
@@ -211,8 +212,12 @@ class _FineTune:
         context.phase(Phase.EVALUATING)
         span = self._spans["evaluate"]
         with context.step("evaluate") as result:
-            run, run_temperature = self._measure(plan, "train", span=span.part(0, 2))
+            run, run_temperature = self._measure(plan, "train", span=span.part(0, 3))
             _refuse_non_finite(run)
+            # Now, while the policy holds the run's weights.
+            tails = heavy_tails(
+                self._bench.policy, progress=Reporter(context, "layers", span.part(1, 3))
+            )
             ours = evaluation(run, temperature=run_temperature)
             checkpoint_id = new_id(IdPrefix.CHECKPOINT)
             theirs: Evaluation | None = ours
@@ -220,7 +225,7 @@ class _FineTune:
             comparison = same_objective()
             if baseline is not None:
                 theirs, comparison = self._compare(
-                    plan, baseline, (run, run_temperature), span=span.part(1, 2)
+                    plan, baseline, (run, run_temperature), span=span.part(2, 3)
                 )
                 baseline_id = None if theirs is None else new_id(IdPrefix.CHECKPOINT)
             evidence = Evidence(
@@ -232,6 +237,7 @@ class _FineTune:
                     chosen_displacement=ours.chosen_displacement,
                     mean_margin=float(abs(run.margins).mean()),
                 ),
+                heavy_tails=tails,
                 checkpoint_id=checkpoint_id,
                 baseline_checkpoint_id=baseline_id,
             )
@@ -304,6 +310,7 @@ class _FineTune:
                 baseline=theirs,
                 comparison=evidence.comparison,
                 samples=samples,
+                heavy_tails=evidence.heavy_tails,
                 attention=evidence.attention,
                 bundle=self._bundle(),
             )
@@ -355,6 +362,7 @@ class _FineTune:
                 comparison=evidence.comparison if is_final else same_objective(),
                 recommendation=recommendation_id,
                 mixture_weights=trained.mixture_weights,
+                heavy_tails=evidence.heavy_tails if is_final else None,
             ),
         )
         publish_folder(

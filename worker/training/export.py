@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from core.errors import FailureCode, RunAborted
 from core.modelref import ModelRef
-from core.results import Comparison, Evaluation
+from core.results import Comparison, Evaluation, HeavyTails
 from core.spec import KernelTerm, LinkTerm, ObjectiveSpec, PenaltyTerm
 from worker.training.folders import SealedFolder, file_sha256, seal_folder, write_json
 from worker.training.model import Policy, load_base, peft_warnings_off
@@ -55,6 +55,7 @@ class CardFacts:
     comparison: Comparison
     recommendation: str | None
     mixture_weights: dict[str, float] | None
+    heavy_tails: HeavyTails | None = None
 
 
 def versions() -> dict[str, str]:
@@ -224,6 +225,7 @@ def _card(facts: CardFacts) -> str:
         "Against plain DPO on the same pairs (95 % interval, bootstrap over prompts):",
         c.sentence,
         "",
+        *_tails(facts.heavy_tails),
         "## Use",
         "",
         "```python",
@@ -237,6 +239,13 @@ def _card(facts: CardFacts) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _tails(tails: HeavyTails | None) -> list[str]:
+    """The card's section on weight spectra, where they were measured."""
+    if tails is None:
+        return []
+    return ["## Weight spectra", "", tails.sentence, "Alpha alone does not tell quality.", ""]
 
 
 def _merged_card(adapter_card: str, *, precision: str) -> str:

@@ -14,7 +14,7 @@ def _source(folder: str) -> str:
 
 
 def test_every_named_test_exists() -> None:
-    folders = ("tests/unit/objectives", "tests/parity")
+    folders = ("tests/unit/objectives", "tests/unit/worker/training", "tests/parity")
     tests = "\n".join(_source(folder) for folder in folders)
     modules = {path.stem for folder in folders for path in (ROOT / folder).glob("test_*.py")}
     named = set(re.findall(r"\b(test_\w+)", TEXT)) - modules
