@@ -215,6 +215,50 @@ def test_what_is_not_finite_ends_the_run_and_is_named(bench: Bench) -> None:
     assert store.saved.step == 1, "nothing is saved after the step that went wrong"
 
 
+class SmallDevice:
+    """Makes the model run out of memory beyond `limit` tokens at once."""
+
+    def __init__(self, bench: Bench, limit: int) -> None:
+        self.limit = limit
+        self.refused: list[int] = []
+        self._hook = bench.policy.causal.base_model.register_forward_pre_hook(
+            self._check, with_kwargs=True
+        )
+
+    def _check(self, _module: object, _args: object, inputs: dict[str, torch.Tensor]) -> None:
+        tokens = inputs["input_ids"].numel()
+        if tokens > self.limit:
+            self.refused.append(tokens)
+            raise torch.OutOfMemoryError(f"{tokens} tokens")
+
+    def __enter__(self) -> "SmallDevice":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hook.remove()
+
+
+def test_out_of_memory_halves_micro_batches_and_changes_no_mathematics(bench: Bench) -> None:
+    whole, small = Recorder(), Recorder()
+    bench.train(HMK, hooks=whole, total_steps=3)
+    with SmallDevice(bench, limit=30) as device:
+        outcome = bench.train(HMK, hooks=small, total_steps=3)
+    assert outcome.ended_by is EndedBy.BUDGET, outcome.message
+    assert device.refused, "the first step met the limit"
+    assert len(device.refused) <= 3, "what did not fit is not tried again at every step"
+    for step_number, expected in whole.points.items():
+        for name in expected.keys() - {"rewards/accuracies"}:
+            found = small.points[step_number][name]
+            assert found == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_pair_that_does_not_fit_ends_the_run_and_says_so(bench: Bench) -> None:
+    with SmallDevice(bench, limit=5):
+        outcome = bench.train(PLAIN, hooks=Recorder())
+    assert outcome.ended_by is EndedBy.OOM
+    assert "step 1 ran out of device memory with one pair at a time" in outcome.message
+
+
 def test_rates_warm_up_and_fall_linearly() -> None:
     plan = TrainPlan(
         learning_rate=1.0, total_steps=10, warmup_steps=2, schedule="linear", batch_size=2,
