@@ -25,6 +25,7 @@ from core.errors import FailureCode, RunAborted
 from core.run_spec import LoraSpec
 from worker.training.attention import SharedAttention
 from worker.training.batches import Form
+from worker.training.low_rank import fuse_adapters
 from worker.training.sharing import choose_attention
 from worker.training.tokenize import load_tokenizer
 
@@ -141,6 +142,7 @@ def load_policy(folder: Path, *, lora: LoraSpec, device: torch.device) -> Policy
     )
     with peft_warnings_off():
         model = get_peft_model(base, config)
+    fuse_adapters(model)
     model.eval()
     policy = Policy(model=model, tokenizer=tokenizer, device=device)
     policy.reset_adapter(0)
