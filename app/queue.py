@@ -1,12 +1,11 @@
 """Sends wake-ups to workers by the name of a task; what a job is stays in the database."""
 
 import logging
-from pathlib import Path
 
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from core.broker import broker_folders, celery_config
+from core.broker import broker_unavailable, celery_config, make_broker_folders
 from core.errors import StorageFull, Unavailable
 from core.queue import QueueName, TaskName
 from core.settings import Settings
@@ -24,9 +23,7 @@ class CeleryQueue:
     """The WakeSender of the API."""
 
     def __init__(self, settings: Settings) -> None:
-        self._folders: tuple[Path, ...] = ()
-        if settings.broker.url is None:
-            self._folders = broker_folders(settings)
+        self._settings = settings
         self._celery = Celery("kdpo", set_as_current=False)
         self._celery.conf.update(celery_config(settings))
 
@@ -37,13 +34,13 @@ class CeleryQueue:
             Unavailable: the broker does not answer.
         """
         try:
-            self._make_folders()
+            make_broker_folders(self._settings)
             self._celery.send_task(
                 TaskName.WAKE.value, kwargs={"queue": queue.value}, queue=queue.value,
                 retry=True, retry_policy=_RETRY, ignore_result=True,
             )  # fmt: skip
         except _BROKER_ERRORS as error:
-            raise _unavailable(error) from error
+            raise broker_unavailable(error) from error
 
     def check(self) -> None:
         """Reach the broker once.
@@ -52,20 +49,15 @@ class CeleryQueue:
             Unavailable: the broker does not answer.
         """
         try:
-            self._make_folders()
+            make_broker_folders(self._settings)
             with self._celery.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=3)
         except _BROKER_ERRORS as error:
-            raise _unavailable(error) from error
+            raise broker_unavailable(error) from error
 
     def close(self) -> None:
         """Close all connections to the broker."""
         self._celery.close()
-
-    def _make_folders(self) -> None:
-        for folder in self._folders:
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def relay_now(database: Database, queue: CeleryQueue) -> None:
@@ -75,11 +67,3 @@ def relay_now(database: Database, queue: CeleryQueue) -> None:
     except (Unavailable, StorageFull) as error:
         # The request is committed: whatever hinders the wake-up must not make it fail.
         _log.warning("a wake-up waits in the outbox: %s", error.message)
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(
-        f"the broker does not answer ({type(error).__name__})",
-        code="broker_unavailable",
-        hint="check KDPO_BROKER__URL and that the broker runs",
-    )

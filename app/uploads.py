@@ -21,7 +21,6 @@ from core.settings import MIB
 
 WRITE_BYTES = MIB
 MAX_FIELD_BYTES = 64 * 1024
-MAX_PARTS = 16
 PART_SUFFIX = ".part"
 STALE_S = 86_400.0
 # Room that an upload must leave on the disk for the database.
@@ -45,7 +44,6 @@ class _Part:
     """The part that is being read."""
 
     name: str = ""
-    filename: str | None = None
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -83,8 +81,6 @@ class _Form:
     def _begin(self) -> None:
         self._part = _Part()
         self._disposition = b""
-        if len(self._names) >= MAX_PARTS:
-            raise InvalidInput(f"more than {MAX_PARTS} parts; expected file, name and policy")
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":

@@ -1,7 +1,8 @@
-"""Celery's configuration as plain values, the same for the API that sends and workers that run."""
+"""What API and workers agree on about the broker: plain settings of Celery, folders, faults."""
 
 from pathlib import Path
 
+from core.errors import Unavailable
 from core.queue import QueueName
 from core.settings import Settings
 
@@ -32,6 +33,23 @@ def celery_config(settings: Settings) -> dict[str, object]:
 def broker_folders(settings: Settings) -> tuple[Path, Path]:
     """Folders of the file broker: messages and control."""
     return settings.broker_dir / "messages", settings.broker_dir / "control"
+
+
+def make_broker_folders(settings: Settings) -> None:
+    """Make the folders of the file broker, readable by this user only."""
+    if settings.broker.url is None:
+        settings.root.mkdir(parents=True, exist_ok=True)
+        for folder in (settings.broker_dir, *broker_folders(settings)):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def broker_unavailable(error: Exception) -> Unavailable:
+    """What a sender raises when the broker does not answer."""
+    return Unavailable(
+        f"the broker does not answer ({type(error).__name__})",
+        code="broker_unavailable",
+        hint="check KDPO_BROKER__URL and that the broker runs",
+    )
 
 
 def _transport_options(settings: Settings) -> dict[str, object]:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from core.broker import broker_folders, celery_config
-from core.errors import Unavailable
+from core.broker import broker_unavailable, celery_config, make_broker_folders
 from core.queue import QueueName, TaskName
 from core.settings import Settings
 from worker.tasks import register_tasks
@@ -21,14 +20,6 @@ def make_celery(settings: Settings, on_wake: OnWake | None = None) -> Celery:
     register_tasks(celery, on_wake or _nobody_home)
     make_broker_folders(settings)
     return celery
-
-
-def make_broker_folders(settings: Settings) -> None:
-    """Make the folders of the file broker, readable by this user only."""
-    if settings.broker.url is None:
-        settings.root.mkdir(parents=True, exist_ok=True)
-        for folder in (settings.broker_dir, *broker_folders(settings)):
-            folder.mkdir(mode=0o700, exist_ok=True)
 
 
 class CelerySender:
@@ -51,11 +42,7 @@ class CelerySender:
                 retry=False, ignore_result=True,
             )  # fmt: skip
         except (OperationalError, OSError) as error:
-            raise Unavailable(
-                f"the broker does not answer ({type(error).__name__})",
-                code="broker_unavailable",
-                hint="check KDPO_BROKER__URL and that the broker runs",
-            ) from error
+            raise broker_unavailable(error) from error
 
 
 def _nobody_home(queue: QueueName) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from celery import Celery, signals
 
+from core.broker import make_broker_folders
 from core.errors import StorageFull, Unavailable
 from core.ids import IdPrefix, new_id
 from core.logs import configure_logging
@@ -20,7 +21,7 @@ from core.queue import QueueName
 from core.settings import Settings
 from models.maintenance import Maintenance
 from models.session import Database
-from worker.celery_app import CelerySender, make_broker_folders, make_celery
+from worker.celery_app import CelerySender, make_celery
 from worker.cleanup import PERIOD_S as CLEANUP_S
 from worker.cleanup import Cleanup
 from worker.maintenance import Loop, WorkerUpkeep

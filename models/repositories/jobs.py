@@ -13,7 +13,7 @@ from models.job import Job, JobAttempt
 from models.repositories.events import append_event
 from models.repositories.job_moves import Beat as Beat
 from models.repositories.job_moves import Fence as Fence
-from models.repositories.job_moves import JobMoves
+from models.repositories.job_pauses import JobPauses
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
 
@@ -42,7 +42,7 @@ class Reaped:
     status: JobStatus
 
 
-class JobRepository(JobMoves):
+class JobRepository(JobPauses):
     """All reads and writes of jobs in one transaction."""
 
     # ------------------------------------------------------------- by the API
@@ -114,12 +114,13 @@ class JobRepository(JobMoves):
         return fetch_page(self._session, statement, Job.id, query)
 
     def queue_position(self, job: Job) -> int | None:
-        """Return how many due jobs stand before a queued one."""
+        """Return how many jobs stand before a queued one and will be due by the time it is."""
         if job.status is not JobStatus.QUEUED:
             return None
         ahead = select(func.count()).where(
             Job.status == JobStatus.QUEUED,
             Job.queue == job.queue,
+            or_(Job.run_after <= db_now(), Job.run_after <= job.run_after),
             or_(
                 Job.priority > job.priority,
                 (Job.priority == job.priority) & (Job.created_at < job.created_at),

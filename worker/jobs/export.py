@@ -89,9 +89,17 @@ def _check_base(folder: Path, manifest: dict[str, Any]) -> None:
         "tokenizer_sha256": tokenizer_sha256(folder),
     }
     for name, value in found.items():
-        if value != manifest[name]:
+        trained_on = manifest.get(name)
+        if trained_on is None:
             raise RunAborted(
-                f"the base in {folder} has {name} {value}, trained on was {manifest[name]}",
+                f"the checkpoint's {MANIFEST} has no {name}, expected the hash of the base that it "
+                f"was trained on; the base in {folder} has {value}",
+                failure=FailureCode.CHECKPOINT_CORRUPT,
+                hint="run the fine-tuning job again: its checkpoint says which base it needs",
+            )
+        if value != trained_on:
+            raise RunAborted(
+                f"the base in {folder} has {name} {value}, trained on was {trained_on}",
                 failure=FailureCode.CHECKPOINT_CORRUPT,
                 hint="put the base model of the training back, or run the fine-tuning job again",
             )

@@ -80,6 +80,12 @@ class Seeds:
         with self.database.transaction() as session:
             session.execute(update(Job).where(Job.id == job_id).values(lease_until=db_now() - 1.0))
 
+    def pause(self, job_id: str, seconds: float) -> None:
+        """Let a queued job wait."""
+        with self.database.transaction() as session:
+            later = db_now() + seconds
+            session.execute(update(Job).where(Job.id == job_id).values(run_after=later))
+
     def make_due(self) -> None:
         """Let every pause of a queued job be over."""
         with self.database.transaction() as session:

@@ -508,3 +508,22 @@ def test_queue_position_counts_jobs_ahead(database: Database, seeds: Seeds) -> N
             repository.queue_position(repository.get(seeds.owner_id, job_id)) for job_id in jobs
         ]
     assert positions == [1, 2, 0]
+
+
+def test_queue_position_leaves_out_jobs_that_pause_for_longer(
+    database: Database, seeds: Seeds
+) -> None:
+    first, second, third = (seeds.job() for _ in range(3))
+
+    def positions() -> list[int | None]:
+        with database.reading() as session:
+            repository = JobRepository(session)
+            return [
+                repository.queue_position(repository.get(seeds.owner_id, job_id))
+                for job_id in (first, second, third)
+            ]
+
+    seeds.pause(first, 60.0)
+    assert positions() == [0, 0, 1]
+    seeds.pause(third, 90.0)
+    assert positions() == [0, 0, 2], "by then the first is due again"
