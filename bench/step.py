@@ -27,10 +27,9 @@ from worker.ingest.canonical import read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME, ingest
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
-from worker.training.reference import compute_reference
 from worker.training.resolve import TrainPlan
-from worker.training.states import reference_states
 from worker.training.step import TrainingData
+from worker.training.store import ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
 SUMMARY = ROOT / "bench" / "results" / "step.json"
@@ -106,19 +105,19 @@ def measure(folder: Path, *, rounds: int, steps: int, scratch: Path) -> dict[str
     """Seconds of a step by objective; objectives alternate in every round."""
     policy = load_policy(folder, lora=LoraSpec(), device=torch.device("cpu"))
     pairs = load_pairs(policy, scratch)
-    table = compute_reference(policy, pairs, progress=lambda done, total: None)
     started = time.perf_counter()
-    states = reference_states(
-        policy, pairs, budget_bytes=1 << 32, progress=lambda done, total: None
+    store = ReferenceStore(scratch / "reference", max_bytes=1 << 34, states_bytes=1 << 32)
+    stored = store.get(
+        policy, pairs, key=folder.name, states=True, progress=lambda done, total: None
     )
-    stored = time.perf_counter() - started
+    seconds_stored = time.perf_counter() - started
     plan = TrainPlan(
         learning_rate=1e-4, total_steps=steps + 1, warmup_steps=0, schedule="constant",
         batch_size=16, weight_decay=0.0, max_grad_norm=1.0, seed=0,
     )  # fmt: skip
     data = TrainingData(
-        pairs=pairs, chosen_log_prob=table.chosen_log_prob,
-        rejected_log_prob=table.rejected_log_prob, reference_states=states,
+        pairs=pairs, chosen_log_prob=stored.table.chosen_log_prob,
+        rejected_log_prob=stored.table.rejected_log_prob, reference_states=stored.states,
     )  # fmt: skip
     seconds: dict[str, list[list[float]]] = {name: [] for name in objectives()}
     for number in range(rounds):
@@ -131,8 +130,8 @@ def measure(folder: Path, *, rounds: int, steps: int, scratch: Path) -> dict[str
     return {
         "parameters": sum(p.numel() for p in policy.causal.parameters()),
         "tokens_per_step": 2 * 16 * statistics.mean(p.length for p in pairs),
-        "reference_states_s": stored,
-        "reference_states_bytes": 0 if states is None else states.states.nbytes,
+        "reference_s": seconds_stored,
+        "reference_states_bytes": 0 if stored.states is None else stored.states.nbytes,
         "seconds": seconds,
     }
 

@@ -120,6 +120,9 @@ class TrainingSettings(_Group):
     reference_states_bytes: int = Field(
         default=1024 * MIB, ge=0, description="of one split; beyond, the base runs at every step"
     )
+    reference_store_bytes: int = Field(
+        default=20_480 * MIB, ge=0, description="of all references on disk; the unused go first"
+    )
     progress_every_s: float = Field(default=1.0, gt=0)
 
 
@@ -205,6 +208,11 @@ class Settings(BaseSettings):
     def artifact_dir(self) -> Path:
         """Folder of everything that is too large for the database."""
         return self.root / "artifacts"
+
+    @property
+    def reference_dir(self) -> Path:
+        """Folder of what reference models say about data; all of it can be computed again."""
+        return self.artifact_dir / "reference"
 
     @property
     def upload_dir(self) -> Path:

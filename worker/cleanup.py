@@ -17,6 +17,7 @@ from core.settings import Settings
 from models.repositories.leftovers import MAX_IDS, LeftoverRepository
 from models.session import Database
 from worker.outcome import LOG_NAME, OUTCOME_NAME
+from worker.training.entries import EntryFolder
 
 _log = logging.getLogger("kdpo.cleanup")
 
@@ -33,6 +34,7 @@ class Cleanup:
     def __init__(self, settings: Settings, database: Database) -> None:
         self._uploads = settings.upload_dir
         self._artifacts = settings.artifact_dir
+        self._references = EntryFolder(settings.reference_dir)
         self._database = database
         self._clean_jobs: set[str] = set()
 
@@ -44,7 +46,8 @@ class Cleanup:
         """
         self._clean_uploads()
         self._clean_attempts()
-        for folder in ("reference", "datasets", "datasets/*"):
+        self._references.remove_leftovers()
+        for folder in ("datasets", "datasets/*"):
             for path in self._artifacts.glob(f"{folder}/.*"):
                 if _TEMPORARY.fullmatch(path.name) and _is_stale(path):
                     _try_to_remove(path)

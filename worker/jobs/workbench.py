@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
+
+from pydantic import TypeAdapter
 
 from core.errors import FailureCode, RunAborted
 from core.hub import fetch
-from core.lifecycle import EndedBy, Phase
+from core.lifecycle import EndedBy, JobKind, Phase
+from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.modelref import ModelRef
 from core.run_spec import TrainSpec
 from core.spec import (
@@ -16,6 +19,7 @@ from core.spec import (
     PenaltyTerm,
 )
 from models.dataset import Dataset
+from models.job import Job
 from models.repositories.datasets import DatasetRepository
 from objectives import Geometry, PairEmbeddings, build_objective, fit_geometry
 from worker.context import JobContext
@@ -33,15 +37,16 @@ from worker.training.reference import (
     ReferenceTable,
     model_sha256,
     reference_key,
-    reference_table,
     tokenizer_sha256,
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
-from worker.training.states import ReferenceStates, reference_states
+from worker.training.states import ReferenceStates, states_dtype
 from worker.training.step import TrainingData
+from worker.training.store import Reference, ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 
+_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
 _PASSES_SHARE = 0.1
 
@@ -85,10 +90,15 @@ class Workbench:
         self.rows: dict[Split, list[CanonicalRow]] = {}
         self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
         self.warnings: list[str] = []
-        self._table: ReferenceTable | None = None
+        self._with_states = _splits_with_states(context.job)
+        self._store = ReferenceStore(
+            context.settings.reference_dir,
+            max_bytes=context.settings.training.reference_store_bytes,
+            states_bytes=context.settings.training.reference_states_bytes,
+        )
+        self._references: dict[tuple[Split, bool], Reference] = {}
         self._encodings: PairEmbeddings | None = None
         self._geometries: dict[str, Geometry] = {}
-        self._states: dict[Split, ReferenceStates | None] = {}
 
     def load_split(self, split: Split) -> None:
         """Read and tokenise a split.
@@ -113,26 +123,23 @@ class Workbench:
 
     def reference(self, span: Span) -> ReferenceTable:
         """What the reference says about the training split, computed once per data and model."""
-        if self._table is None:
-            self._table = reference_table(
-                self.policy,
-                self.pairs[Split.TRAIN],
-                folder=self.context.settings.artifact_dir / "reference",
-                key=self.reference_key,
-                progress=Reporter(self.context, "pairs", span),
-            )
-        return self._table
+        states = Split.TRAIN in self._with_states
+        return self._stored(Split.TRAIN, span, states=states).table
 
     def reference_states(self, split: Split, span: Span) -> ReferenceStates | None:
         """The reference's hidden states on a split, or None when they would take too much."""
-        if split not in self._states:
-            self._states[split] = reference_states(
+        return self._stored(split, span, states=True).states
+
+    def _stored(self, split: Split, span: Span, *, states: bool) -> Reference:
+        if (split, states) not in self._references:
+            self._references[split, states] = self._store.get(
                 self.policy,
                 self.pairs[split],
-                budget_bytes=self.context.settings.training.reference_states_bytes,
+                key=self._key(split),
+                states=states,
                 progress=Reporter(self.context, "pairs", span),
             )
-        return self._states[split]
+        return self._references[split, states]
 
     def plan(self, request: RunRequest) -> TrainPlan:
         """Resolve a run's length and rates."""
@@ -207,11 +214,16 @@ class Workbench:
     @cached_property
     def reference_key(self) -> str:
         """Name of the reference pass over the training split."""
+        return self._key(Split.TRAIN)
+
+    def _key(self, split: Split) -> str:
         return reference_key(
             model=self.hashes["model_sha256"],
             tokenizer=self.hashes["tokenizer_sha256"],
-            tokens=self.hashes["tokens_sha256"],
-            device=self.policy.device,
+            tokens=tokens_sha256(self.pairs[split]),
+            precision=str(states_dtype(self.policy)),
+            # Attention in packed rows rounds in its own way, so it is part of the layout.
+            form=str(self.policy.attention or self.policy.form),
         )
 
     def _identity(self, request: RunRequest) -> Identity:
@@ -261,6 +273,27 @@ def _weights_learning_rate(objective: ObjectiveSpec) -> float:
     if term is None or not isinstance(term.kernel, MixtureKernelSpec):
         return 0.0
     return term.kernel.weights_learning_rate
+
+
+def _splits_with_states(job: Job) -> frozenset[Split]:
+    """Splits on which a job uses the reference's hidden states, so that one pass gives all.
+
+    Drift is measured on held-out pairs; penalties are for training, and `auto` may try any.
+    """
+    if job.kind is not JobKind.TRAINING:
+        return frozenset()
+    measured = frozenset({Split.VALIDATION, Split.TEST})
+    method = _METHOD.validate_python(job.spec["method"])
+    match method:
+        case AutoMethod():
+            return measured | {Split.TRAIN}
+        case DpoMethod():
+            return measured
+        case KernelDpoMethod():
+            term = method.kernel_dpo.objective().divergence_term
+            return measured | {Split.TRAIN} if isinstance(term, PenaltyTerm) else measured
+        case _:
+            assert_never(method)
 
 
 def canonical_path(context: JobContext, dataset: Dataset) -> Path:

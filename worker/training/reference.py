@@ -1,29 +1,25 @@
-"""One pass of the frozen reference over pairs, kept on disk under the hash of all it depends on."""
+"""What the frozen reference says about pairs: one pass, and the hash of all that it depends on."""
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from objectives import PairEmbeddings, per_pair_mean
 from selection.features import ReferenceFeatures
-from worker.ingest.files import full_disk_as_error
-from worker.training.batches import collate, micro_batches
-from worker.training.folders import file_sha256, sync_folder
+from worker.training.batches import PairBatch, collate, micro_batches
+from worker.training.folders import file_sha256
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.tokenize import TokenizedPair
 
 TOKEN_SAMPLE = 4096
 FORWARD_TOKENS = 4_096
-_FORMAT = "kdpo-reference-2"
+FORMAT = "kdpo-reference-3"
 _TOKENIZER_FILES = frozenset(
     {
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
@@ -32,6 +28,7 @@ _TOKENIZER_FILES = frozenset(
 )
 
 Progress = Callable[[int, int], None]
+TakeStates = Callable[[PairBatch, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -99,38 +96,29 @@ def tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
     return digest.hexdigest()
 
 
-def reference_key(*, model: str, tokenizer: str, tokens: str, device: torch.device) -> str:
-    """Name of a reference pass: hashes of weights, tokenizer and token ids, and the precision."""
-    precision = "float32" if device.type == "cpu" else "bfloat16"
-    return hashlib.sha256(
-        f"{_FORMAT} {model} {tokenizer} {tokens} {precision}".encode()
-    ).hexdigest()
+def reference_key(*, model: str, tokenizer: str, tokens: str, precision: str, form: str) -> str:
+    """Name of a reference pass: a hash of all that its numbers depend on, and of nothing else.
 
-
-def reference_table(
-    policy: Policy, pairs: Sequence[TokenizedPair], *, folder: Path, key: str, progress: Progress
-) -> ReferenceTable:
-    """Return the table of `key` from `folder`, computed and saved if it is missing or damaged.
-
-    `progress(pairs done, pairs in all)` may raise to stop.
-
-    Raises:
-        StorageFull: the disk has no room.
+    `model`, `tokenizer` and `tokens` are hashes of content, `precision` is the type that the base
+    computes in, `form` says how batches are laid out and attended to.
     """
-    path = folder / f"{key}.safetensors"
-    table = _load(path, key=key)
-    if table is None:
-        table = compute_reference(policy, pairs, progress=progress)
-        _save(table, path, key=key)
-    progress(len(pairs), len(pairs))
-    return table
+    about = (FORMAT, model, tokenizer, tokens, precision, form, f"{FORWARD_TOKENS} tokens a batch")
+    return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
 @torch.no_grad()
 def compute_reference(
-    policy: Policy, pairs: Sequence[TokenizedPair], *, progress: Progress
+    policy: Policy,
+    pairs: Sequence[TokenizedPair],
+    *,
+    progress: Progress,
+    take_states: TakeStates | None = None,
 ) -> ReferenceTable:
-    """Run the frozen model over all pairs once."""
+    """Run the frozen model over all pairs once, in the batches of `evaluate.measure`.
+
+    There an untrained policy has exactly the states that `take_states` is given batch by batch,
+    in the order of the batch's labels. `progress(pairs done, pairs in all)` may raise to stop.
+    """
     n, width = len(pairs), policy.hidden_size
     out = {
         **{f"{name}_embedding": torch.zeros(n, width) for name in ("prompt", "chosen", "rejected")},
@@ -149,7 +137,9 @@ def compute_reference(
             assert hidden.embeddings is not None
             assert scores.entropy is not None
             chosen, rejected = scores.sequence_log_probs(batch)
-            rows = batch.index.cpu()
+            if take_states is not None:
+                take_states(batch, hidden.states)
+            rows = list(batch.order)
             entropy = per_pair_mean(scores.entropy, batch.row % batch.pairs, batch.pairs)
             for name, value in (
                 ("prompt_embedding", hidden.embeddings.prompt),
@@ -171,42 +161,3 @@ def compute_reference(
 def _combined(files: Sequence[Path]) -> str:
     lines = [f"{path.name} {file_sha256(path)}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _save(table: ReferenceTable, path: Path, *, key: str) -> None:
-    tensors = table.tensors()
-    about = {"format": _FORMAT, "key": key, "sha256": _digest(tensors)}
-    # Two workers may compute the same table: each writes its own file, the later rename wins.
-    temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
-    with full_disk_as_error(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata=about)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
-
-
-def _load(path: Path, *, key: str) -> ReferenceTable | None:
-    """Read a table that verifies; None when there is none, or only a damaged one."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return None
-    expected = {"format": _FORMAT, "key": key, "sha256": _digest(tensors)}
-    return ReferenceTable(**tensors) if about == expected else None

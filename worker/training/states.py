@@ -1,74 +1,117 @@
-"""The reference's last hidden states before every response token, kept for penalties and drift.
+"""The reference's last hidden states before every response token, in a file that is mapped.
 
-Shapes: n pairs, T response tokens of all of them, H width, B pairs and N tokens of one batch.
+Penalties and drift need them. Shapes: n pairs, T response tokens of all of them, H width, B pairs
+and N tokens of one batch; answers are numbered [0, 2n), chosen ones first.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.training.batches import PairBatch, collate, micro_batches
-from worker.training.forward import hidden_states
+from worker.training.batches import PairBatch
 from worker.training.model import Policy
-from worker.training.reference import FORWARD_TOKENS, Progress
 from worker.training.tokenize import TokenizedPair
 
 log = logging.getLogger("kdpo.training")
 
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """`states` (T, H); row r of 2n (chosen answers, then rejected) begins at `starts[r]`."""
+    """`mapped` (T, bytes of H numbers) is read-only; answer a begins at `starts[a]`, (2n,)."""
 
-    states: Tensor
-    starts: Tensor
-    lengths: Tensor
+    mapped: Bytes
+    dtype: torch.dtype
+    starts: Ints
+    lengths: Ints
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.mapped.nbytes
 
     def of(self, batch: PairBatch) -> Tensor:
-        """Return the states of a batch in the order of its labels, (N, H)."""
-        rows = torch.cat([batch.index, batch.index + self.starts.shape[0] // 2])
-        return self.states.index_select(0, self._places(rows, batch.labels.shape[0]))
+        """Return the states of a batch in the order of its labels, (N, H), on its device.
 
-    def _places(self, rows: Tensor, count: int) -> Tensor:
-        lengths = self.lengths[rows]
-        shift = self.starts[rows] - (lengths.cumsum(0) - lengths)
-        places = torch.arange(count, device=rows.device)
-        return places + shift.repeat_interleave(lengths, output_size=count)
+        The one copy that is made is the batch's; a GPU is not waited for.
+        """
+        answers = _answers(batch, pairs=self.starts.size // 2)
+        starts, lengths = self.starts[answers].tolist(), self.lengths[answers].tolist()
+        device, width = batch.labels.device, self.mapped.shape[1] // self.dtype.itemsize
+        states = torch.empty(
+            sum(lengths), width, dtype=self.dtype, pin_memory=device.type == "cuda"
+        )
+        rows = states.view(torch.uint8).numpy()
+        end = 0
+        for start, length in zip(starts, lengths, strict=True):
+            rows[end : end + length] = self.mapped[start : start + length]
+            end += length
+        return states.to(device, non_blocking=True)
 
 
-@torch.no_grad()
-def reference_states(
-    policy: Policy, pairs: Sequence[TokenizedPair], *, budget_bytes: int, progress: Progress
-) -> ReferenceStates | None:
-    """Run the frozen trunk over all pairs once; None when the states would pass the budget.
+class StatesWriter:
+    """Writes states to a file in the order in which batches come, and remembers where they are."""
 
-    Batches are those of `evaluate.measure`, so that there an untrained policy has exactly these
-    states. `progress(pairs done, pairs in all)` may raise to stop.
-    """
+    def __init__(
+        self, file: BinaryIO, pairs: Sequence[TokenizedPair], *, dtype: torch.dtype
+    ) -> None:
+        self.starts: Ints = np.zeros(2 * len(pairs), dtype=np.int64)
+        self._file = file
+        self._dtype = dtype
+        self._lengths = answer_lengths(pairs)
+        self._written = 0
+
+    def take(self, batch: PairBatch, states: Tensor) -> None:
+        """Append the states of a batch, (N, H)."""
+        answers = _answers(batch, pairs=self.starts.size // 2)
+        lengths = self._lengths[answers]
+        self.starts[answers] = self._written + lengths.cumsum() - lengths
+        self._written += int(lengths.sum())
+        self._file.write(states.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+
+
+def answer_lengths(pairs: Sequence[TokenizedPair]) -> Ints:
+    """Response tokens of every answer, (2n,), chosen ones first."""
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    lengths = torch.tensor([len(answer) for answer in answers], device=policy.device)
-    total, dtype = int(lengths.sum()), next(policy.trunk.parameters()).dtype
-    needed = total * policy.hidden_size * dtype.itemsize
-    kept = needed <= budget_bytes
+    return np.array([len(answer) for answer in answers], dtype=np.int64)
+
+
+def map_states(
+    path: Path, *, starts: Ints, lengths: Ints, width: int, dtype: torch.dtype
+) -> ReferenceStates:
+    """Map a file of states without reading it; the mapping outlives the file's name."""
+    shape = (int(lengths.sum()), width * dtype.itemsize)
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", shape=shape).view(np.ndarray)
+    return ReferenceStates(mapped, dtype=dtype, starts=starts, lengths=lengths)
+
+
+def states_dtype(policy: Policy) -> torch.dtype:
+    """Type of the policy's last hidden states, which the output layer takes."""
+    return policy.head.weight.dtype
+
+
+def states_fit(policy: Policy, pairs: Sequence[TokenizedPair], *, budget_bytes: int) -> bool:
+    """Whether the states of these pairs keep within the budget; the log says what follows."""
+    tokens = int(answer_lengths(pairs).sum())
+    needed = tokens * policy.hidden_size * states_dtype(policy).itemsize
+    fit = needed <= budget_bytes
     log.info(
         "reference states of %d tokens need %d bytes, the budget is %d: %s",
-        total, needed, budget_bytes, "kept" if kept else "the base is run again at every step",
+        tokens, needed, budget_bytes, "kept" if fit else "the base is run again at every step",
     )  # fmt: skip
-    if not kept:
-        return None
-    states = torch.empty(total, policy.hidden_size, dtype=dtype, device=policy.device)
-    table = ReferenceStates(states, starts=lengths.cumsum(0) - lengths, lengths=lengths)
-    done, n = 0, len(pairs)
-    groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
-    with policy.as_reference():
-        for group in groups:
-            batch = collate(pairs, group, form=policy.form, device=policy.device)
-            rows = torch.cat([batch.index, batch.index + n])
-            places = table._places(rows, batch.labels.shape[0])
-            states[places] = hidden_states(policy, batch, embeddings=False).states
-            done += len(group)
-            progress(done, n)
-    return table
+    return fit
+
+
+def _answers(batch: PairBatch, *, pairs: int) -> Ints:
+    """Numbers of a batch's answers in the order of its labels, (2B,)."""
+    order = np.array(batch.order, dtype=np.int64)
+    return np.concatenate([order, order + pairs])

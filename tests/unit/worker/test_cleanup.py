@@ -16,6 +16,7 @@ from models.repositories.jobs import Fence, JobRepository
 from models.session import Database
 from tests.unit.models.seeds import Seeds
 from worker.cleanup import STALE_S, Cleanup
+from worker.training.entries import EntryFolder
 
 
 @pytest.fixture
@@ -174,14 +175,24 @@ def test_cancelled_validation_leaves_no_upload(
 
 
 def test_forgotten_temporary_files_go(database: Database, settings: Settings) -> None:
-    reference, datasets = settings.artifact_dir / "reference", settings.artifact_dir / "datasets"
-    old = [reference / ".key.17.tmp", reference / ".tmp-x", datasets / "d" / ".rows.a.tmp"]
-    kept = [reference / ".key.18.tmp", reference / "key.safetensors", datasets / "d" / "rows"]
+    datasets = settings.artifact_dir / "datasets"
+    old = [datasets / ".tmp-x", datasets / "d" / ".rows.a.tmp"]
+    kept = [datasets / "d" / ".rows.b.tmp", datasets / "d" / "rows"]
     write(*old, *kept)
-    for path in (*old, *kept[1:]):
+    for path in (*old, kept[1]):
         age(path)
     Cleanup(settings, database).run()
     assert [path for path in (*old, *kept) if path.exists()] == kept
+
+
+def test_half_written_references_go_as_soon_as_nobody_writes_them(
+    database: Database, settings: Settings
+) -> None:
+    folder = settings.reference_dir
+    write(*(folder / name / "states.bin" for name in (".tmp-dead", ".tmp-alive", "whole")))
+    with EntryFolder(folder).locked("alive", waiting=lambda: None):
+        Cleanup(settings, database).run()
+        assert {path.name for path in folder.iterdir()} == {".tmp-alive", "alive.lock", "whole"}
 
 
 def test_data_folder_without_anything_is_no_error(database: Database, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from worker.training.reference import ReferenceTable, compute_reference
 from worker.training.resolve import TrainPlan
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
+from worker.training.store import ReferenceStore
 from worker.training.tokenize import TokenizedPair
 
 TINY_LM = Path(__file__).parents[4] / "examples" / "models" / "tiny-lm"
@@ -78,6 +79,16 @@ def random_pairs(count: int, *, seed: int = 0) -> tuple[TokenizedPair, ...]:
             )
         )  # fmt: skip
     return tuple(pairs)
+
+
+def stored_states(
+    policy: Policy, pairs: tuple[TokenizedPair, ...], folder: Path
+) -> ReferenceStates:
+    """The reference's hidden states through a store on disk."""
+    store = ReferenceStore(folder, max_bytes=1 << 30, states_bytes=1 << 30)
+    found = store.get(policy, pairs, key="0" * 64, states=True, progress=ignore_progress)
+    assert found.states is not None
+    return found.states
 
 
 def ignore_progress(_done: int, _total: int) -> None:

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from core.spec import ObjectiveSpec
-from tests.unit.worker.training.micro import Bench, Recorder, ignore_progress
+from tests.unit.worker.training.micro import Bench, Recorder, ignore_progress, stored_states
 from worker.training.evaluate import (
     Measured,
     accuracy,
@@ -24,7 +25,6 @@ from worker.training.evaluate import (
     t_quantile,
     trial_score,
 )
-from worker.training.states import reference_states
 
 
 def measured(margins: np.ndarray, *, group: np.ndarray | None = None) -> Measured:
@@ -184,11 +184,11 @@ def test_the_verdict_is_the_intervals(shift: float, verdict: str) -> None:
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_an_untrained_policy_has_margins_of_exactly_zero(bench: Bench, stored: bool) -> None:
+def test_an_untrained_policy_has_margins_of_exactly_zero(
+    bench: Bench, stored: bool, tmp_path: Path
+) -> None:
     bench.policy.reset_adapter(1)
-    states = reference_states(
-        bench.policy, bench.pairs, budget_bytes=1 << 30, progress=ignore_progress
-    )
+    states = stored_states(bench.policy, bench.pairs, tmp_path)
     found = measure(
         bench.policy,
         bench.pairs,

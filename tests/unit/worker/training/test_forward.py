@@ -8,14 +8,13 @@ from core.spec import DivergenceName, DivergenceSpec
 from objectives import build_divergence, per_pair_mean, streamed_divergence
 from tests.unit.worker.training.micro import (
     Bench,
-    ignore_progress,
     micro_policy,
     random_pairs,
+    stored_states,
 )
 from worker.training.batches import DataOrder, Form, collate, micro_batches, permutation
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
-from worker.training.states import reference_states
 
 CPU = torch.device("cpu")
 
@@ -102,23 +101,16 @@ def test_scores_and_gradients_are_those_of_whole_logits(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_reference_states_are_those_of_the_base_in_every_batch(policy: Policy) -> None:
+def test_reference_states_are_those_of_the_base_in_every_batch(
+    policy: Policy, tmp_path: Path
+) -> None:
     pairs = random_pairs(13)
-    stored = reference_states(policy, pairs, budget_bytes=1 << 30, progress=ignore_progress)
-    assert stored is not None
+    stored = stored_states(policy, pairs, tmp_path)
     for index in ([3], [5, 0, 12], list(range(13))):
         batch = collate(pairs, index, form=policy.form, device=CPU)
         with torch.no_grad(), policy.as_reference():
             fresh = hidden_states(policy, batch, embeddings=False).states
         torch.testing.assert_close(stored.of(batch), fresh, rtol=1e-5, atol=1e-5)
-
-
-def test_reference_states_beyond_the_budget_are_not_kept(policy: Policy) -> None:
-    assert reference_states(policy, random_pairs(4), budget_bytes=10, progress=refuse) is None
-
-
-def refuse(done: int, total: int) -> None:
-    raise AssertionError(f"the base was run: {done} of {total}")
 
 
 @pytest.mark.parametrize("form", Form)

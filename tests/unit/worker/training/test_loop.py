@@ -1,5 +1,6 @@
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,9 @@ from core.spec import (
     ObjectiveSpec,
     PenaltyTerm,
 )
-from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder, ignore_progress
+from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder, stored_states
 from worker.training import loop, step
 from worker.training.resolve import TrainPlan, auto_learning_rate, resolve_plan
-from worker.training.states import reference_states
 
 PLAIN = ObjectiveSpec(beta=0.5)
 PENALTY: TypeAdapter[PenaltyTerm] = TypeAdapter(PenaltyTerm)
@@ -165,11 +165,9 @@ def test_every_pair_trains_and_stays_finite(
     assert all(bool(torch.isfinite(p).all()) for p in bench.weights().values())
 
 
-def test_stored_reference_states_change_nothing_but_the_time(bench: Bench) -> None:
+def test_stored_reference_states_change_nothing_but_the_time(bench: Bench, tmp_path: Path) -> None:
     spec = ObjectiveSpec(divergence_term=PenaltyTerm(divergence=KlSpec(), alpha=3.0))
-    states = reference_states(
-        bench.policy, bench.pairs, budget_bytes=1 << 30, progress=ignore_progress
-    )
+    states = stored_states(bench.policy, bench.pairs, tmp_path)
     curves, weights = [], []
     for kept in (None, states):
         recorder = Recorder()

@@ -9,21 +9,10 @@ from core.errors import FailureCode, RunAborted
 from core.run_spec import LoraSpec
 from tests.unit.worker.training.micro import (
     TINY_LM,
-    Bench,
-    ignore_progress,
     micro_policy,
-    random_pairs,
 )
-from worker.training import reference
 from worker.training.generate import stop_tokens
 from worker.training.model import load_policy
-from worker.training.reference import (
-    model_sha256,
-    reference_key,
-    reference_table,
-    tokenizer_sha256,
-    tokens_sha256,
-)
 
 CPU = torch.device("cpu")
 
@@ -129,72 +118,3 @@ def test_stop_tokens_may_be_one_several_or_none() -> None:
     assert stop_tokens(2, [7, 2, 5]) == [2, 5, 7]
     assert stop_tokens(None, 4) == [4]
     assert stop_tokens(None, None) is None
-
-
-# ------------------------------------------------------- the reference on disk
-
-
-def test_the_token_sample_is_even_over_all_batches(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference, "FORWARD_TOKENS", 40)
-    everything = reference.compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
-    tokens = everything.token_log_probs
-    monkeypatch.setattr(reference, "TOKEN_SAMPLE", len(tokens) // 5)
-    sample = reference.compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
-    stride = -(-len(tokens) // (len(tokens) // 5))
-    assert torch.equal(sample.token_log_probs, tokens[::stride])
-
-
-def key_of(bench: Bench, folder: Path) -> str:
-    return reference_key(
-        model=model_sha256(folder), tokenizer=tokenizer_sha256(folder),
-        tokens=tokens_sha256(bench.pairs), device=CPU,
-    )  # fmt: skip
-
-
-def test_a_stored_reference_is_used_again_until_it_is_damaged(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes: list[int] = []
-    compute = reference.compute_reference
-
-    def counted(*arguments: object, **options: object) -> reference.ReferenceTable:
-        passes.append(1)
-        return compute(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(reference, "compute_reference", counted)
-
-    def table() -> reference.ReferenceTable:
-        return reference_table(
-            bench.policy, bench.pairs, folder=tmp_path, key="k" * 64, progress=ignore_progress
-        )
-
-    first, again = table(), table()
-    assert len(passes) == 1
-    for name, tensor in first.tensors().items():
-        assert torch.equal(tensor, again.tensors()[name])
-    (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    mended = table()
-    assert len(passes) == 2
-    for name, tensor in first.tensors().items():
-        assert torch.equal(tensor, mended.tensors()[name])
-    assert [p.name for p in tmp_path.iterdir()] == [file.name]
-
-
-def test_the_reference_key_depends_on_weights_tokenizer_and_tokens(
-    bench: Bench, llama_folder: Path, copy: Path
-) -> None:
-    key = key_of(bench, llama_folder)
-    assert key_of(bench, copy) == key, "content counts, not the folder"
-    other = Bench(bench.policy, random_pairs(12, seed=1))
-    assert key_of(other, llama_folder) != key
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1.0
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    weights = key_of(bench, copy)
-    (copy / "chat_template.jinja").write_text("{{ 1 }}")
-    assert len({key, weights, key_of(bench, copy)}) == 3
