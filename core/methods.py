@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.run_spec import AutoFloat, LoraSpec, SearchSpec, TrainSpec
+from core.run_spec import AutoFloat, FinalRunSpec, LoraSpec, SearchSpec, TrainSpec
 from core.spec import (
     DivergenceSpec,
     KernelSpec,
@@ -16,7 +16,7 @@ from core.spec import (
 )
 
 
-class TrainHyperparameters(SpecModel):
+class TrainHyperparameters(FinalRunSpec):
     """Hyperparameters that every method has."""
 
     learning_rate: AutoFloat = "auto"
@@ -27,15 +27,27 @@ class TrainHyperparameters(SpecModel):
     lora_r: int = Field(default=8, ge=1, le=256)
     lora_alpha: float = Field(default=16.0, gt=0.0, le=1024.0)
 
+    @model_validator(mode="after")
+    def _adapter_exists(self) -> Self:
+        given = sorted({"lora_r", "lora_alpha"} & self.model_fields_set)
+        if self.adaptation == "full" and given:
+            raise ValueError(
+                f"{' and '.join(given)} describe an adapter and adaptation `full` has none: drop it"
+            )
+        return self
+
     def train_spec(self) -> TrainSpec:
         """Return the training part."""
+        shared = self.model_dump(include=set(FinalRunSpec.model_fields))
+        if self.adaptation == "lora":
+            shared["lora"] = LoraSpec(r=self.lora_r, alpha=self.lora_alpha)
         return TrainSpec(
             learning_rate=self.learning_rate,
             n_epochs=self.n_epochs,
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             max_length=self.max_length,
-            lora=LoraSpec(r=self.lora_r, alpha=self.lora_alpha),
+            **shared,
         )
 
 
@@ -132,6 +144,16 @@ class Auto(SpecModel):
 
     search: SearchSpec = SearchSpec()
     hyperparameters: TrainHyperparameters = TrainHyperparameters()
+
+    @model_validator(mode="after")
+    def _trials_are_like_the_run(self) -> Self:
+        if self.hyperparameters.adaptation == "full":
+            raise ValueError(
+                "adaptation `full` does not go with method `auto`: its trials train low-rank "
+                "adapters, whose learning rates and strengths are not those of a full fine-tuning; "
+                "search with `lora`, then name the pair that it found in a method `kernel_dpo`"
+            )
+        return self
 
 
 class DpoMethod(SpecModel):

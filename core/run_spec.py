@@ -16,7 +16,55 @@ class LoraSpec(SpecModel):
     alpha: float = Field(default=16.0, gt=0.0, le=1024.0)
 
 
-class TrainSpec(SpecModel):
+class FinalRunSpec(SpecModel):
+    """What is trained and how weights are kept, and how a final run watches itself."""
+
+    adaptation: Literal["lora", "full"] = Field(
+        default="lora", description="train a low-rank adapter, or all weights"
+    )
+    quantization: Literal["4bit"] | None = Field(
+        default=None, description="keep the frozen base in 4 bits: CUDA and bitsandbytes"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="auto: float32 on a CPU, bfloat16 on CUDA; `full` keeps its weights in float32 "
+        "and computes in this",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute a layer again in the backward pass: less memory"
+    )
+    eval_every: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1_000_000,
+        description="score on validation every so many steps, or every such fraction of the run "
+        "when below 1; the best weights are published; null: the last ones, without scoring",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, le=1000, description="end a run after so many scores without a better"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_of_it_ignored(self) -> Self:
+        if self.quantization is not None and self.adaptation == "full":
+            raise ValueError(
+                "quantization `4bit` freezes the weights that adaptation `full` would train: drop "
+                "one of the two"
+            )
+        if self.early_stopping_patience is not None and self.eval_every is None:
+            raise ValueError(
+                "early_stopping_patience counts scores on validation and eval_every is not set: "
+                "set it, e.g. to 0.1, or drop the patience"
+            )
+        if self.eval_every is not None and self.eval_every > 1 and self.eval_every % 1:
+            raise ValueError(
+                f"eval_every {self.eval_every} is neither a fraction below 1 nor a whole number of "
+                "steps"
+            )
+        return self
+
+
+class TrainSpec(FinalRunSpec):
     """How a run trains, whatever its objective; `auto` is resolved against the model and data."""
 
     learning_rate: AutoFloat = "auto"
@@ -29,6 +77,12 @@ class TrainSpec(SpecModel):
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=100.0)
     lora: LoraSpec = LoraSpec()
+
+    @model_validator(mode="after")
+    def _adapter_exists(self) -> Self:
+        if self.adaptation == "full" and "lora" in self.model_fields_set:
+            raise ValueError("lora describes an adapter and adaptation `full` has none: drop it")
+        return self
 
 
 class CandidateSpec(SpecModel):

@@ -40,8 +40,8 @@ from worker.jobs.scopes import ScopeStore, Span
 from worker.jobs.workbench import RunRequest, Workbench
 from worker.training.checkpoint import SavedState
 from worker.training.folders import open_sealed
-from worker.training.loop import RunOutcome
 from worker.training.optuna_storage import open_storage
+from worker.training.run import RunOutcome
 
 AUTO: dict[str, Any] = {
     "type": "auto",
@@ -224,8 +224,9 @@ def test_refused_resume_points_are_removed_and_fresh_ones_stay(world: TrainingWo
 
     def state(step: int) -> SavedState:
         return SavedState(
-            step=step, epoch=0, offset=0, seconds=0.0, tensors={"t": torch.ones(1)}, window_steps=0
-        )
+            step=step, epoch=0, offset=0, seconds=0.0, tensors={"t": torch.ones(1)}, window_steps=0,
+            num_tokens=0, watch={}, ended=False,
+        )  # fmt: skip
 
     def saves(*steps: int, identity: str) -> Job:
         def job(context: JobContext) -> dict[str, Any]:

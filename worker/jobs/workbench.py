@@ -31,7 +31,7 @@ from worker.training.encoder import encode_rows
 from worker.training.evaluate import Measured, measure
 from worker.training.export import versions
 from worker.training.folders import file_sha256
-from worker.training.loop import RunOutcome, train
+from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import (
     ReferenceTable,
@@ -41,6 +41,7 @@ from worker.training.reference import (
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
+from worker.training.run import RunOutcome
 from worker.training.states import ReferenceStates, states_dtype
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore

@@ -8,7 +8,7 @@ right-padded rows, chosen first, for models that cannot attend in a packed row.
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -162,20 +162,20 @@ def micro_batches(
     if form is Form.PLAIN:
         return _sorted_groups(pairs, index, max_tokens=max_tokens)
     sizes = {i: computed_tokens(pairs[i], form) for i in index}
-    ordered = sorted(index, key=lambda i: (-sizes[i], i))
-    count = max(1, math.ceil(sum(sizes[i] for i in ordered) / max_tokens))
+    count = max(1, math.ceil(sum(sizes[i] for i in index) / max_tokens))
     while True:
-        groups = _filled(ordered, sizes, count)
+        groups = spread(index, sizes, count)
         fits = all(len(g) == 1 or sum(sizes[i] for i in g) <= max_tokens for g in groups)
-        if fits or count == len(ordered):
+        if fits or count == len(index):
             return groups
         count += 1
 
 
-def _filled(ordered: Sequence[int], sizes: dict[int, int], count: int) -> list[list[int]]:
-    groups: list[list[int]] = [[] for _ in range(min(count, len(ordered)))]
+def spread(index: Sequence[int], sizes: Mapping[int, int], count: int) -> list[list[int]]:
+    """Up to `count` groups of about the same size: largest first, each into the emptiest group."""
+    groups: list[list[int]] = [[] for _ in range(min(count, len(index)))]
     heap = [(0, number) for number in range(len(groups))]
-    for i in ordered:
+    for i in sorted(index, key=lambda i: (-sizes[i], i)):
         filled, number = heapq.heappop(heap)
         groups[number].append(i)
         heapq.heappush(heap, (filled + sizes[i], number))

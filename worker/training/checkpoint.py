@@ -17,6 +17,7 @@ from worker.training.folders import (
     seal_folder,
     write_json,
 )
+from worker.training.watch import Values
 
 MANIFEST = "MANIFEST.json"
 TENSORS = "state.safetensors"
@@ -33,10 +34,11 @@ class IdentityMismatch(KdpoError):
 
 @dataclass(frozen=True)
 class SavedState:
-    """A run at a step boundary. `tensors`: adapter, optimizer, mixture logits, RNG, open window.
+    """A run at a step boundary. `tensors`: adapter, optimizer, mixture logits, RNG, open window,
+    best weights so far.
 
     `epoch` and `offset` say where in the data the next step begins; they follow from `step` and
-    are there to be checked.
+    are there to be checked. `watch` are the scores on validation, `ended` that no step follows.
     """
 
     step: int
@@ -45,6 +47,9 @@ class SavedState:
     seconds: float
     tensors: dict[str, Tensor]
     window_steps: int
+    num_tokens: int
+    watch: Values
+    ended: bool
 
 
 class ResumeStore(Protocol):
@@ -82,6 +87,9 @@ def write_point(
                 "offset": state.offset,
                 "seconds": state.seconds,
                 "window_steps": state.window_steps,
+                "num_tokens": state.num_tokens,
+                "watch": state.watch,
+                "ended": state.ended,
             },
         )
 
@@ -116,6 +124,9 @@ def read_point(path: Path, *, sha256: str | None, identity: Identity) -> SavedSt
             seconds=values["seconds"],
             tensors=load_file(path / TENSORS),
             window_steps=values["window_steps"],
+            num_tokens=values["num_tokens"],
+            watch=values["watch"],
+            ended=values["ended"],
         )
     except (OSError, orjson.JSONDecodeError, KeyError, SafetensorError) as error:
         raise FolderDamaged(f"{path} cannot be read: {error}") from error

@@ -13,6 +13,7 @@ from core.settings import TrainingSettings
 
 LR_TIMES_WIDTH = 0.35
 LR_RANGE = (1e-6, 5e-3)
+FULL_LR_SHARE = 0.1
 WEIGHTS_LR = 0.05
 
 
@@ -28,6 +29,8 @@ class TrainPlan:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    eval_steps: int | None = None
+    patience: int | None = None
 
     def rate(self, step: int) -> float:
         """Factor on learning rates at step `step` (from 0): warm-up, then constant or linear to 0.
@@ -40,18 +43,21 @@ class TrainPlan:
             return 1.0
         return (self.total_steps - step) / (self.total_steps - self.warmup_steps)
 
-    def as_dict(self) -> dict[str, float | int | str]:
+    def as_dict(self) -> dict[str, float | int | str | None]:
         """The plan as plain values, for identities and reports."""
         return asdict(self)
 
 
-def auto_learning_rate(hidden_size: int) -> float:
-    """Heuristic 0.35 / H within [1e-6, 5e-3].
+def auto_learning_rate(hidden_size: int, *, full: bool = False) -> float:
+    """Heuristic 0.35 / H within [1e-6, 5e-3]; a tenth of 0.35 where all weights are trained.
 
     The rate at which Adam changes a layer's output grows with its width, hence ∝ 1 / width; the
-    factor is that of LoRA runs on a model of width 192 (1.8e-3). For 4,096 it gives 8.5e-5.
+    factor is that of LoRA runs on a model of width 192 (1.8e-3). For 4,096 it gives 8.5e-5. That
+    adapters want about ten times the rate of full fine-tuning is an observation (Schulman et al.,
+    "LoRA Without Regret", 2025).
     """
-    return min(max(LR_TIMES_WIDTH / hidden_size, LR_RANGE[0]), LR_RANGE[1])
+    factor = LR_TIMES_WIDTH * (FULL_LR_SHARE if full else 1.0)
+    return min(max(factor / hidden_size, LR_RANGE[0]), LR_RANGE[1])
 
 
 def resolve_plan(
@@ -63,11 +69,15 @@ def resolve_plan(
     learning_rate: float | None = None,
     n_epochs: float | None = None,
     schedule: Literal["linear", "constant"] | None = None,
+    watched: bool = False,
 ) -> TrainPlan:
-    """Resolve a spec against model and data; keyword arguments stand above the spec."""
+    """Resolve a spec against model and data; keyword arguments stand above the spec.
+
+    Only a `watched` run is scored on validation while it runs.
+    """
     if learning_rate is None:
-        given = spec.learning_rate
-        learning_rate = auto_learning_rate(hidden_size) if given == "auto" else given
+        given, full = spec.learning_rate, spec.adaptation == "full"
+        learning_rate = auto_learning_rate(hidden_size, full=full) if given == "auto" else given
     batch_size = min(spec.batch_size, num_pairs)
     epochs = spec.n_epochs if n_epochs is None else n_epochs
     total = max(1, round(epochs * num_pairs / batch_size))
@@ -82,7 +92,15 @@ def resolve_plan(
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         seed=seed,
+        eval_steps=_eval_steps(spec.eval_every, total) if watched else None,
+        patience=spec.early_stopping_patience if watched else None,
     )
+
+
+def _eval_steps(every: float | None, total_steps: int) -> int | None:
+    if every is None:
+        return None
+    return max(1, round(every * total_steps)) if every < 1 else int(every)
 
 
 def resolve_device(settings: TrainingSettings) -> torch.device:

@@ -128,7 +128,7 @@ class PairStep:
         self._frozen = None if frozen is None else _moved(frozen, device)
 
     def accumulate(
-        self, index: Sequence[int], *, denominator: int, clear: Callable[[], None]
+        self, index: Sequence[int], *, denominator: float, clear: Callable[[], None]
     ) -> dict[str, Tensor]:
         """Backward over `index`, with every pair's loss over `denominator`; returns mean metrics.
 
@@ -167,7 +167,7 @@ class PairStep:
             self.data.pairs, index, max_tokens=self.max_tokens, form=self.policy.form
         )
 
-    def _accumulate(self, index: Sequence[int], *, denominator: int) -> dict[str, Tensor]:
+    def _accumulate(self, index: Sequence[int], *, denominator: float) -> dict[str, Tensor]:
         module = self.loss if self.module is None else self.module
         loss_total = self._chosen.new_zeros(())
         totals: dict[str, Tensor] = {}

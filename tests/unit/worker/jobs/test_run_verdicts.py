@@ -5,7 +5,7 @@ from core.lifecycle import EndedBy
 from worker.jobs.flags import is_displaced, is_diverging
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import abort_unless_complete
-from worker.training.loop import RunOutcome
+from worker.training.run import RunOutcome
 
 
 def outcome(ended_by: EndedBy) -> RunOutcome:

@@ -16,10 +16,11 @@ from transformers import (
 from core.run_spec import LoraSpec
 from objectives import Geometry, build_objective, fit_geometry
 from worker.training.checkpoint import SavedState
-from worker.training.loop import RunOutcome, train
+from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import ReferenceTable, compute_reference
 from worker.training.resolve import TrainPlan
+from worker.training.run import RunOutcome
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import ReferenceStore

@@ -20,7 +20,8 @@ IDENTITY: Identity = {"model": "m", "threads": 1}
 
 def state(step: int = 12) -> SavedState:
     return SavedState(
-        step=step, epoch=1, offset=4, seconds=2.5, window_steps=3,
+        step=step, epoch=1, offset=4, seconds=2.5, window_steps=3, num_tokens=2**40,
+        watch={"best_step": 8, "best_log_loss": 0.1 + 0.2}, ended=False,
         tensors={
             "adapter.a": torch.tensor([[1.0, -2.0], [3.5, 1e-38]]),
             "rng.cpu": torch.arange(5, dtype=torch.uint8),
@@ -41,6 +42,8 @@ def test_a_point_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert (back.step, back.epoch, back.offset, back.seconds, back.window_steps) == (
         12, 1, 4, 2.5, 3,
     )  # fmt: skip
+    assert (back.num_tokens, back.ended) == (2**40, False)
+    assert back.watch == {"best_step": 8, "best_log_loss": 0.1 + 0.2}
     assert back.tensors.keys() == original.tensors.keys()
     for name, tensor in original.tensors.items():
         assert torch.equal(back.tensors[name], tensor)

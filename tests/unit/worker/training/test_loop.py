@@ -20,7 +20,7 @@ from core.spec import (
     PenaltyTerm,
 )
 from tests.unit.worker.training.micro import Bench, MemoryStore, Recorder, stored_states
-from worker.training import loop, step
+from worker.training import run, step
 from worker.training.resolve import TrainPlan, auto_learning_rate, resolve_plan
 
 PLAIN = ObjectiveSpec(beta=0.5)
@@ -47,7 +47,7 @@ def test_a_fresh_adapter_is_the_reference(bench: Bench) -> None:
     assert first["grad_norm"] > 0
     names = {
         "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "rewards/chosen",
-        "rewards/rejected", "rewards/margins", "rewards/accuracies",
+        "rewards/rejected", "rewards/margins", "rewards/accuracies", "epoch", "num_tokens",
     }  # fmt: skip
     assert set(first) == names
 
@@ -98,7 +98,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 def test_killed_in_the_middle_of_a_metrics_window(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "METRIC_POINTS", 2)
+    monkeypatch.setattr(run, "METRIC_POINTS", 2)
     whole = Recorder()
     bench.train(PLAIN, hooks=whole)
     assert sorted(whole.points) == [3, 6]
