@@ -25,7 +25,7 @@ class FailureItem(Schema):
 
 
 class Failure(Schema):
-    """Why a dataset is invalid, as validation stored it."""
+    """Why a dataset is invalid, or why its validation is paused, as it was stored."""
 
     category: Category = Category.INVALID
     code: str = "dataset_invalid"
@@ -113,7 +113,7 @@ def report_view(dataset: Dataset) -> ReportView:
 
 
 def failure_of(dataset: Dataset) -> Failure | None:
-    """Return why the dataset cannot be used, if it cannot."""
+    """Return why the dataset is invalid or its validation paused, if one of these is so."""
     if dataset.failure is not None:
         return Failure.model_validate(dataset.failure)
     return Failure() if dataset.status is DatasetStatus.INVALID else None

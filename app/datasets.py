@@ -210,15 +210,16 @@ def _read(database: Database, owner_id: str, dataset_id: str) -> DatasetView:
 
 
 def _is_settled(database: Database, owner_id: str, dataset_id: str) -> bool:
-    return _read(database, owner_id, dataset_id).status is not DatasetStatus.VALIDATING
+    view = _read(database, owner_id, dataset_id)
+    return view.error is not None or view.status is not DatasetStatus.VALIDATING
 
 
 def _answer(request: Request, view: DatasetView, headers: Mapping[str, str]) -> Response:
     url = f"/v1/datasets/{view.id}"
-    if view.error is not None:
-        return _refused(request, view, view.error)
     if view.status is DatasetStatus.VALIDATING:
         return json_response(view, status=202, headers={"Location": url, **headers})
+    if view.error is not None:
+        return _refused(request, view, view.error)
     return json_response(view, headers={"Location": url, **headers})
 
 

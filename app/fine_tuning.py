@@ -169,11 +169,27 @@ def get_fine_tuning_job(
 def cancel_fine_tuning_job(
     caller: WritesJobs, database: Db, job_id: JobId, _body: NoOptions | None = None
 ) -> FineTuningJob:
-    """Cancel a job: at once when it is queued, at its next step when it runs."""
+    """Cancel a job: at once when it is queued or paused, at its next step when it runs."""
     with database.transaction() as session:
         jobs = JobRepository(session)
         jobs.get(caller.owner_id, job_id, kind=JobKind.TRAINING)
         return fine_tuning_job(session, jobs.request_cancel(caller.owner_id, job_id))
+
+
+@router.post("/{job_id}/resume", operation_id="resume_fine_tuning_job")
+def resume_fine_tuning_job(
+    caller: WritesJobs, database: Db, queue: Queue, job_id: JobId, _body: NoOptions | None = None
+) -> FineTuningJob:
+    """Queue a paused job again: it goes on where it was. A job that is not paused stays as it is.
+
+    The job's `error` says why it is paused; see to that first.
+    """
+    with database.transaction() as session:
+        jobs = JobRepository(session)
+        job = jobs.get(caller.owner_id, job_id, kind=JobKind.TRAINING)
+        view = fine_tuning_job(session, jobs.resume(job))
+    relay_now(database, queue)
+    return view
 
 
 @router.get("/{job_id}/events", operation_id="list_fine_tuning_events")

@@ -39,7 +39,7 @@ class QueuePlace(Schema):
 
 
 class JobError(Schema):
-    """Why a job failed."""
+    """Why a job failed, or why it is paused and what it waits for."""
 
     code: str
     message: str

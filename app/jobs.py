@@ -1,11 +1,21 @@
-"""One view over all kinds of jobs: list, get, events, metrics, cancel."""
+"""One view over all kinds of jobs: list, get, events, metrics, cancel, resume."""
 
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from app.deps import ID_PATTERN, TEXT_PATTERN, Db, Lister, Lists, PageOf, ReadsJobs, WritesJobs
+from app.deps import (
+    ID_PATTERN,
+    TEXT_PATTERN,
+    Db,
+    Lister,
+    Lists,
+    PageOf,
+    Queue,
+    ReadsJobs,
+    WritesJobs,
+)
 from app.job_views import (
     AnyJob,
     EventView,
@@ -14,6 +24,7 @@ from app.job_views import (
     event_view,
     metrics_view,
 )
+from app.queue import relay_now
 from app.responses import ListOf, conditional
 from core.errors import InvalidInput
 from core.ids import IdPrefix
@@ -39,7 +50,7 @@ Scope = Annotated[
 
 
 class NoOptions(SpecModel):
-    """The body of a cancel: none, or an empty object; there is nothing to choose."""
+    """The body of a cancel or resume: none, or an empty object; there is nothing to choose."""
 
 
 @router.get("", operation_id="list_jobs")
@@ -74,9 +85,24 @@ def get_job(request: Request, caller: ReadsJobs, database: Db, job_id: JobId) ->
 def cancel_job(
     caller: WritesJobs, database: Db, job_id: JobId, _body: NoOptions | None = None
 ) -> AnyJob:
-    """Cancel a job: at once when it is queued, at its next step when it runs."""
+    """Cancel a job: at once when it is queued or paused, at its next step when it runs."""
     with database.transaction() as session:
         return any_job(session, JobRepository(session).request_cancel(caller.owner_id, job_id))
+
+
+@router.post("/{job_id}/resume", operation_id="resume_job", status_code=202)
+def resume_job(
+    caller: WritesJobs, database: Db, queue: Queue, job_id: JobId, _body: NoOptions | None = None
+) -> AnyJob:
+    """Queue a paused job again: it goes on where it was. A job that is not paused stays as it is.
+
+    The job's `error` says why it is paused; see to that first.
+    """
+    with database.transaction() as session:
+        jobs = JobRepository(session)
+        view = any_job(session, jobs.resume(jobs.get(caller.owner_id, job_id)))
+    relay_now(database, queue)
+    return view
 
 
 @router.get("/{job_id}/events", operation_id="list_job_events")

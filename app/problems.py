@@ -32,6 +32,7 @@ EXPLANATIONS = {
     "invalid_input": "The request can be read and says something that cannot be done; `errors` "
     "points at each place.",
     "job_not_cancellable": "Only a job that has not ended can be cancelled.",
+    "job_not_resumable": "The job has ended. Only a paused job can be resumed.",
     "line_too_long": "A line of the file is longer than this server takes.",
     "malformed_request": "The request cannot be read, for example because its body is not JSON.",
     "method_not_allowed": "The path is there and does not take this method.",

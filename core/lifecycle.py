@@ -125,6 +125,7 @@ class AttemptOutcome(StrEnum):
     CANCELLED = "cancelled"
     LOST = "lost"
     PREEMPTED = "preempted"
+    PAUSED = "paused"
     RETRY = "retry"
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
-OPEN = ("validating_files", "queued", "running", "paused")
+OPEN = ("validating_files", "queued", "running")
 
 
 class DemoError(Exception):

@@ -1,5 +1,6 @@
 """What an attempt's process tells its supervisor: one file, written whole, and an exit code."""
 
+import shutil
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ class ExitCode(IntEnum):
     FAILED = 70
     CANCELLED = 71
     LEASE_LOST = 72
+    DISK_FULL = 74
     PREEMPTED = 75
 
 
@@ -59,9 +61,35 @@ class Preempted(_Part):
     status: Literal["preempted"] = "preempted"
 
 
-Outcome = Succeeded | Failed | Cancelled | Preempted
+class DiskFull(_Part):
+    """The disk gave no room; nothing is lost, and a person must make some."""
+
+    status: Literal["disk_full"] = "disk_full"
+    error: JobFailure
+    folder: str
+    free_bytes: int
+
+
+Outcome = Succeeded | Failed | Cancelled | Preempted | DiskFull
 
 _ADAPTER: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="status")])
+
+
+def disk_full(
+    folder: Path, reason: str, *, job_id: str, attempt: int, phase: Phase | None = None
+) -> DiskFull:
+    """Say that a job found no room, how much there is now, and what to do."""
+    free = shutil.disk_usage(folder).free
+    return DiskFull(
+        error=JobFailure(
+            code=FailureCode.DISK_FULL,
+            message=f"the disk is full: {reason}; {free} bytes are free under {folder}",
+            hint=f"Free disk space, then resume the job: POST /v1/jobs/{job_id}/resume",
+            retryable=True, phase=phase, attempt=attempt, errors=[],
+        ),
+        folder=str(folder),
+        free_bytes=free,
+    )  # fmt: skip
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

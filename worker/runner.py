@@ -5,7 +5,6 @@ It dies with its supervisor, works, and leaves `outcome.json`; the supervisor wr
 
 import argparse
 import ctypes
-import errno
 import logging
 import os
 import signal
@@ -17,21 +16,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, assert_never
 
+from sqlalchemy.exc import DBAPIError
+
 from core.errors import CancelRequested, Category, FailureCode, KdpoError, LeaseLost, RunAborted
 from core.lifecycle import JobKind
 from core.logs import configure_logging
 from core.settings import Settings
 from models.repositories.jobs import Fence, JobRepository
-from models.session import Database
+from models.session import Database, is_disk_full
 from worker.context import JobContext, Preempted
+from worker.ingest.files import full_disk_reason
 from worker.jobs import validate_dataset
 from worker.outcome import (
     Cancelled,
+    DiskFull,
     ExitCode,
     Failed,
     JobFailure,
     Outcome,
     Succeeded,
+    disk_full,
     write_outcome,
 )
 from worker.outcome import Preempted as PreemptedOutcome
@@ -77,7 +81,13 @@ def run_attempt(
     context = JobContext(settings=settings, database=database, fence=fence, job=job, stop=stop)
     context.attempt_dir.mkdir(parents=True, exist_ok=True)
     outcome = _outcome_of(context)
-    write_outcome(context.attempt_dir, outcome)
+    try:
+        write_outcome(context.attempt_dir, outcome)
+    except OSError as error:
+        if full_disk_reason(error) is None:
+            raise
+        _log.error("%s is not written: %s", outcome.status, error)
+        return ExitCode.DISK_FULL
     match outcome:
         case Succeeded():
             return ExitCode.OK
@@ -87,6 +97,8 @@ def run_attempt(
             return ExitCode.CANCELLED
         case PreemptedOutcome():
             return ExitCode.PREEMPTED
+        case DiskFull():
+            return ExitCode.DISK_FULL
         case _:
             assert_never(outcome)
 
@@ -101,8 +113,27 @@ def _outcome_of(context: JobContext) -> Outcome:
     except LeaseLost:
         raise
     except Exception as error:
-        _log.exception("job %s failed", context.fence.job_id)
-        return Failed(error=_failure(context, error))
+        no_room = _no_room(error)
+        if no_room is None:
+            _log.exception("job %s failed", context.fence.job_id)
+            return Failed(error=_failure(context, error))
+        _log.exception("job %s found no room", context.fence.job_id)
+        return disk_full(
+            context.settings.root, no_room, job_id=context.fence.job_id,
+            attempt=context.fence.attempt, phase=context.job.phase,
+        )  # fmt: skip
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """Return why the disk or a database had no room, if an error says so or comes from that."""
+    while error is not None:
+        reason = full_disk_reason(error)
+        if reason is not None:
+            return reason
+        if isinstance(error, DBAPIError) and is_disk_full(error):
+            return "the database found no room"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def _dispatch(context: JobContext) -> dict[str, Any]:
@@ -143,13 +174,6 @@ def _as_kdpo_error(error: Exception) -> RunAborted:
             failure=FailureCode.OUT_OF_MEMORY,
             hint="lower batch_size or max_length, or take a smaller model",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunAborted(
-            "the disk of the server is full",
-            failure=FailureCode.DISK_FULL,
-            hint="free disk space under the data folder",
-            retryable=True,
-        )
     return RunAborted(
         "an error inside kdpo ended the job",
         failure=FailureCode.INTERNAL,
@@ -168,8 +192,6 @@ def _code_of(error: KdpoError) -> FailureCode:
     match error.category:
         case Category.UNAVAILABLE:
             return FailureCode.DEPENDENCY_ERROR
-        case Category.STORAGE_FULL:
-            return FailureCode.DISK_FULL
         case (
             Category.INVALID | Category.MALFORMED | Category.TOO_LARGE | Category.UNSUPPORTED_MEDIA
         ):
@@ -228,6 +250,7 @@ def _offer_to_the_oom_killer() -> None:
 if __name__ == "__main__":
     code = main()
     logging.shutdown()
-    sys.stdout.flush()
+    with suppress(OSError):  # the log is on the disk that may be full
+        sys.stdout.flush()
     # Not sys.exit: a library's thread or teardown must not delay or change how the attempt ended.
     os._exit(code)

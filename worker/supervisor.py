@@ -3,10 +3,9 @@
 The terminal state is written here and never by the job's process (design: RELIABILITY 7.3).
 """
 
-import errno
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,18 @@ from core.queue import QueueName
 from core.settings import Settings
 from models.repositories.jobs import Claim, Fence, JobRepository
 from models.session import Database, is_value_refused
-from worker.outcome import Cancelled, Failed, JobFailure, Outcome, Preempted, Succeeded
+from worker.ingest.files import full_disk_reason
+from worker.outcome import (
+    Cancelled,
+    DiskFull,
+    ExitCode,
+    Failed,
+    JobFailure,
+    Outcome,
+    Preempted,
+    Succeeded,
+    disk_full,
+)
 from worker.process import RunnerProcess
 
 _log = logging.getLogger("kdpo.supervisor")
@@ -138,8 +148,7 @@ class Supervisor:
         try:
             process = RunnerProcess(fence, folder)
         except OSError as error:
-            failure = _not_started(fence, error)
-            self._store(fence, lambda jobs: self._fail(jobs, fence, failure))
+            self._store(fence, self._not_started(fence, error))
             return
         heartbeat = Heartbeat(
             self._database, fence, self._settings, clock=self._clock, since=claimed_at
@@ -222,12 +231,18 @@ class Supervisor:
                 )  # fmt: skip
             case Preempted():
                 self._requeue(jobs, fence, exit_code)
+            case DiskFull():
+                self._pause(jobs, fence, outcome, exit_code=exit_code, log_tail=log_tail)
             case _:
                 assert_never(outcome)
 
     def _write_silent_end(
         self, jobs: JobRepository, fence: Fence, ended: _Ended, log_tail: list[str]
     ) -> None:
+        if ended.exit_code == ExitCode.DISK_FULL:
+            outcome = self._no_room(fence, "how the attempt ended could not be written")
+            self._pause(jobs, fence, outcome, exit_code=ended.exit_code, log_tail=log_tail)
+            return
         if ended.asked:
             self._requeue(jobs, fence, ended.exit_code)
             return
@@ -258,6 +273,33 @@ class Supervisor:
             fence, error.model_dump(mode="json"), max_retries=self._limits.max_retries,
             backoff_s=self._limits.backoff_s, exit_code=exit_code,
         )  # fmt: skip
+
+    def _pause(
+        self,
+        jobs: JobRepository,
+        fence: Fence,
+        outcome: DiskFull,
+        *,
+        exit_code: int | None = None,
+        log_tail: Sequence[str] = (),
+    ) -> None:
+        complete = outcome.error.model_copy(update={"log_tail": list(log_tail)})
+        jobs.pause(
+            fence, complete.model_dump(mode="json"), exit_code=exit_code,
+            data={"folder": outcome.folder, "free_bytes": outcome.free_bytes},
+        )  # fmt: skip
+
+    def _no_room(self, fence: Fence, reason: str) -> DiskFull:
+        return disk_full(self._settings.root, reason, job_id=fence.job_id, attempt=fence.attempt)
+
+    def _not_started(self, fence: Fence, error: OSError) -> Callable[[JobRepository], None]:
+        """Return how to write down that there was no process."""
+        message = f"the process of the job could not be started: {error.strerror}"
+        if full_disk_reason(error) is not None:
+            no_room = self._no_room(fence, message)
+            return lambda jobs: self._pause(jobs, fence, no_room)
+        failure = _failure(fence, FailureCode.INTERNAL, message, retryable=True)
+        return lambda jobs: self._fail(jobs, fence, failure)
 
     def _store(self, fence: Fence, write: Callable[[JobRepository], Any]) -> None:
         """Write the end of an attempt, through outages of the database and unknown COMMITs."""
@@ -306,10 +348,3 @@ def _failure(
         code=code, message=message, hint="read the log of the worker", retryable=retryable,
         phase=None, attempt=fence.attempt, errors=[],
     )  # fmt: skip
-
-
-def _not_started(fence: Fence, error: OSError) -> JobFailure:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    code = FailureCode.DISK_FULL if full else FailureCode.INTERNAL
-    message = f"the process of the job could not be started: {error.strerror}"
-    return _failure(fence, code, message, retryable=True)

@@ -261,6 +261,55 @@ def test_cancel_after_the_end_is_a_conflict(world: World) -> None:
     assert answer.headers["x-should-retry"] == "false"
 
 
+def pause(world: World, kind: JobKind = JobKind.TRAINING) -> str:
+    fence = world.claim(kind)
+    error = {
+        "code": "disk_full", "message": "the disk is full: 10 bytes are free", "retryable": True,
+        "hint": "Free disk space, then resume the job", "phase": "training", "attempt": 1,
+    }  # fmt: skip
+    with world.database.transaction() as session:
+        JobRepository(session).pause(fence, error, data={"free_bytes": 10, "folder": "/data"})
+    return fence.job_id
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/fine_tuning/jobs"])
+def test_a_paused_job_says_why_and_is_resumed(world: World, path: str) -> None:
+    job = world.training_job(world.dataset())["id"]
+    assert pause(world) == job
+    url = f"{path}/{job}"
+    paused = world.get(url).json()
+    assert (paused["status"], paused["attention"]) == ("paused", ["low_disk"])
+    assert paused["error"]["code"] == "disk_full"
+    assert paused["error"]["message"] == "the disk is full: 10 bytes are free"
+    assert paused["finished_at"] is None
+    assert paused.get("resumable", True) is True
+    event = world.get(f"{url}/events?limit=1").json()["data"][0]
+    assert event["data"] == {
+        "status": "paused", "code": "disk_full", "free_bytes": 10, "folder": "/data"
+    }  # fmt: skip
+    assert [j["id"] for j in world.get(f"{path}?status=paused").json()["data"]] == [job]
+    body = check_problem(world.post(f"{url}/resume", json={"now": 1}), 422, "invalid_input")
+    assert body["errors"][0]["pointer"] == "/now"
+    resumed = world.post(f"{url}/resume")
+    assert resumed.status_code in (200, 202)
+    view = resumed.json()
+    assert (view["status"], view["error"], view["attention"]) == ("queued", None, [])
+    assert world.post(f"{url}/resume", json={}).json()["status"] == "queued"
+    world.claim(JobKind.TRAINING)
+    assert world.post(f"{url}/resume").json()["status"] == "running"
+
+
+def test_a_paused_job_can_be_cancelled_and_then_not_resumed(world: World) -> None:
+    job = world.training_job(world.dataset())["id"]
+    pause(world)
+    assert world.post(f"/v1/jobs/{job}/cancel").json()["status"] == "cancelled"
+    for path in ("/v1/jobs", "/v1/fine_tuning/jobs"):
+        answer = world.post(f"{path}/{job}/resume")
+        check_problem(answer, 409, "job_not_resumable")
+        assert answer.headers["x-should-retry"] == "false"
+    check_problem(world.post("/v1/jobs/ftjob-none/resume"), 404, "not_found")
+
+
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/fine_tuning/jobs"])
 def test_events_from_any_cursor_in_both_orders(world: World, path: str) -> None:
     dataset = world.dataset()
@@ -363,6 +412,7 @@ def test_kinds_do_not_mix(world: World) -> None:
     for tail in ("", "/events", "/checkpoints", "/metrics"):
         check_problem(world.get(f"/v1/fine_tuning/jobs/{validation}{tail}"), 404, "not_found")
     check_problem(world.post(f"/v1/fine_tuning/jobs/{validation}/cancel"), 404, "not_found")
+    check_problem(world.post(f"/v1/fine_tuning/jobs/{validation}/resume"), 404, "not_found")
     check_problem(world.get(f"/v1/recommendations/{validation}"), 404, "not_found")
 
 

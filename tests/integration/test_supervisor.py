@@ -1,5 +1,6 @@
 """The supervisor in this process, its runner in another, and COMMITs whose fate is unknown."""
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator
@@ -112,6 +113,22 @@ def test_runner_that_cannot_start_is_retried_then_failed(
     job = stack.job(job_id)
     assert (job.status, job.attempt, job.failures) == (JobStatus.QUEUED, 1, 1)
     assert stack.outcomes(job_id) == [AttemptOutcome.RETRY]
+
+
+def test_runner_that_finds_no_room_to_start_pauses_its_job(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.process.subprocess.Popen", full)
+        job_id = drain(stack)
+    job = stack.job(job_id)
+    assert (job.status, job.failures, job.losses) == (JobStatus.PAUSED, 0, 0)
+    assert stack.outcomes(job_id) == [AttemptOutcome.PAUSED]
+    assert job.error is not None
+    assert "could not be started: No space left on device" in job.error["message"]
 
 
 def test_draining_supervisor_claims_nothing(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +12,39 @@ from typing import BinaryIO
 from core.errors import StorageFull
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# How libraries in Rust (safetensors, tokenizers) end an error of the system: it is no OSError.
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
+
+
+def full_disk_reason(error: BaseException) -> str | None:
+    """Return why the disk gave no room, when that is what an error says, else None."""
+    if isinstance(error, StorageFull):
+        return error.message
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = _RUST_NUMBER.search(str(error))
+        number = None if found is None else int(found[1])
+    return os.strerror(number) if number in _FULL else None
 
 
 @contextmanager
 def full_disk_as_error(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space left" into an error that says where.
+    """Turn the system's "no space left", however a library says it, into an error that says where.
 
     Raises:
         StorageFull: writing under `folder` failed for lack of room.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except StorageFull:
+        raise
+    except Exception as error:
+        reason = full_disk_reason(error)
+        if reason is None:
             raise
         raise StorageFull(
-            f"no room left under {folder}", hint="free disk space; the job will be tried again"
+            f"no room left under {folder} ({reason})", hint="free disk space there"
         ) from error
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import errno
+import resource
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from sqlalchemy.exc import OperationalError
 
 from core import errors
 from core.errors import (
@@ -37,6 +41,7 @@ from worker.context import JobContext, Preempted
 from worker.outcome import (
     OUTCOME_NAME,
     Cancelled,
+    DiskFull,
     ExitCode,
     Failed,
     Succeeded,
@@ -79,6 +84,8 @@ def run_raising(
     return runner.run_attempt(settings, database, fence, stop=threading.Event())
 
 
+SQLITE_FULL = sqlite3.OperationalError("database or disk is full")
+SQLITE_FULL.sqlite_errorcode = sqlite3.SQLITE_FULL
 ROOT = Path(__file__).parents[3]
 # What a job's input can be refused for: raised by the models' side and by the ingest.
 _INPUT_SOURCES = ("core/hub.py", "core/modelref.py", "worker/ingest/*.py")
@@ -125,12 +132,10 @@ def test_no_error_about_input_is_called_internal() -> None:
         (NotFound("x"), "internal", False),
         (Conflict("x"), "internal", False),
         (Unavailable("x"), "dependency_error", True),
-        (StorageFull("x"), "disk_full", True),
         (MemoryError(), "out_of_memory", False),
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
          "out_of_memory", False),
-        (OSError(errno.ENOSPC, "No space left"), "disk_full", True),
         (PermissionError(errno.EACCES, "no"), "internal", False),
         (RuntimeError("a secret detail"), "internal", False),
     ],
@@ -147,6 +152,57 @@ def test_errors_become_failures_with_public_words(
     assert "secret" not in outcome.error.message
     if isinstance(error, InvalidInput):
         assert [detail["code"] for detail in outcome.error.errors] == [e.code for e in error.errors]
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = RuntimeError("a library says it in its own way")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StorageFull("no room left under /data"), "no room left under /data"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left on device"),
+        (OSError(errno.EDQUOT, "Quota"), "Disk quota exceeded"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "File too large"),
+        (OperationalError("INSERT", {}, SQLITE_FULL), "the database found no room"),
+        (caused_by(OperationalError("INSERT", {}, SQLITE_FULL)), "the database found no room"),
+        (caused_by(OSError(errno.ENOSPC, "No space left")), "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_no_failure_and_says_what_to_do(
+    error: Exception, reason: str, database: Database, fence: Fence, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    exit_code = run_raising(error, database, fence, tmp_path, monkeypatch)
+    assert exit_code is ExitCode.DISK_FULL
+    outcome = read_outcome(tmp_path / "artifacts" / "jobs" / fence.job_id / "a1")
+    assert isinstance(outcome, DiskFull)
+    assert (outcome.error.code, outcome.error.retryable) == (FailureCode.DISK_FULL, True)
+    assert (outcome.error.phase, outcome.error.attempt) == (Phase.CONVERTING, 1)
+    assert outcome.error.message == (
+        f"the disk is full: {reason}; {outcome.free_bytes} bytes are free under {tmp_path}"
+    )
+    assert f"/v1/jobs/{fence.job_id}/resume" in str(outcome.error.hint)
+    assert outcome.folder == str(tmp_path)
+
+
+def test_an_outcome_that_finds_no_room_is_told_by_the_exit_code(
+    database: Database, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data_dir=tmp_path)
+    monkeypatch.setattr("worker.jobs.validate_dataset.run", lambda _: {"n": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        code = runner.run_attempt(settings, database, fence, stop=threading.Event())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code is ExitCode.DISK_FULL
+    folder = tmp_path / "artifacts" / "jobs" / fence.job_id / "a1"
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(

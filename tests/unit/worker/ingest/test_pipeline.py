@@ -255,5 +255,9 @@ def test_atomic_writer_keeps_the_old_file_on_failure(tmp_path):
 def test_full_disk_is_named_and_other_faults_pass(tmp_path):
     with pytest.raises(StorageFull, match="no room left under"), full_disk_as_error(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageFull, match="No space left on device"), full_disk_as_error(tmp_path):
+        raise ValueError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="os error 2"), full_disk_as_error(tmp_path):
+        raise ValueError("No such file or directory (os error 2)")
     with pytest.raises(PermissionError), full_disk_as_error(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
