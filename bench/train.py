@@ -131,8 +131,10 @@ def measure_speed(job: Job, *, number: int, kind: str) -> Row:
         "kind": kind, "model": job.model, "data": job.data, "round": number, "load": load,
         "pairs_a_step": job.batch_size, "sizes": about["kdpo"]["sizes"], "seconds": seconds,
         "one_off_s": {name: value["one_off_s"] for name, value in about.items()},
-        "memory": {name: result["memory"] for name, result in results.items()},
-        "losses": {name: result["losses"] for name, result in results.items()},
+        **{
+            field: {name: result[field] for name, result in results.items()}
+            for field in ("memory", "losses", "tokens_a_step")
+        },
     }  # fmt: skip
 
 

@@ -1,11 +1,9 @@
 """kdpo as a contender of `bench.train`: steps as a search trial runs them, and 28 trials."""
 
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -28,11 +26,13 @@ from core.lifecycle import EndedBy
 from core.run_spec import LoraSpec
 from core.spec import BASE_KERNELS, DivergenceName, KernelTerm, ObjectiveSpec, PenaltyTerm
 from objectives import Geometry, build_objective, fit_geometry
+from worker.training.batches import computed_tokens
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.resolve import TrainPlan
 from worker.training.step import TrainingData
 from worker.training.store import ReferenceStore
+from worker.training.tokenize import TokenizedPair
 
 STATES_BYTES = 1 << 32
 KERNEL: TypeAdapter[KernelTerm] = TypeAdapter(KernelTerm)
@@ -70,14 +70,15 @@ def plan(job: Job, *, steps: int, learning_rate: float) -> TrainPlan:
 
 
 def reference(
-    job: Job, policy: Policy, *, for_kernels: bool
+    job: Job, policy: Policy, pairs: Sequence[TokenizedPair], *, for_kernels: bool
 ) -> tuple[TrainingData, Geometry | None]:
     """The one pass of the frozen base; for kernels with hidden states and their frame."""
-    pairs = read_pairs(job, policy.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:  # what is mapped outlives its name
-        found = ReferenceStore(
-            Path(folder), max_bytes=2 * STATES_BYTES, states_bytes=STATES_BYTES
-        ).get(policy, pairs, key="bench", states=for_kernels, progress=lambda done, total: None)
+    store = ReferenceStore(
+        job.scratch / "reference", max_bytes=2 * STATES_BYTES, states_bytes=STATES_BYTES
+    )
+    found = store.get(
+        policy, pairs, key="bench", states=for_kernels, progress=lambda done, total: None
+    )
     data = TrainingData(
         pairs=pairs,
         chosen_log_prob=found.table.chosen_log_prob,
@@ -93,10 +94,12 @@ def speed(job: Job, pipe: Connection) -> None:
     turns = Turns(pipe, device=job.device)
     policy = load_policy(job.folder, lora=LoraSpec(), device=torch.device(job.device))
     gauge = Gauge(policy.causal, device=job.device)
+    pairs = read_pairs(job, policy.tokenizer)
     started = time.perf_counter()
-    data, _ = reference(job, policy, for_kernels=False)
+    data, _ = reference(job, policy, pairs, for_kernels=False)
+    one_off = time.perf_counter() - started
     objective = build_objective(ObjectiveSpec(), geometry=None, head=policy.head.weight)
-    turns.ready({"one_off_s": time.perf_counter() - started, "sizes": _sizes(policy, data)})
+    turns.ready({"one_off_s": one_off, "sizes": _sizes(policy, pairs)})
     gauge.start()
     hooks = Hooks(on_turn=turns.done, turn_steps=job.turn_steps)
     outcome = train(
@@ -104,7 +107,9 @@ def speed(job: Job, pipe: Connection) -> None:
         plan=plan(job, steps=job.steps, learning_rate=job.learning_rate),
     )  # fmt: skip
     _check_whole(outcome.ended_by, outcome.message)
-    turns.end({"memory": gauge.read(), "losses": hooks.losses})
+    memory = gauge.read()
+    taken = [computed_tokens(pairs[i], policy.form) for s in job.order(len(pairs)) for i in s]
+    turns.end({"memory": memory, "losses": hooks.losses, "tokens_a_step": sum(taken) / job.steps})
 
 
 def trials(job: Job, pipe: Connection) -> None:
@@ -115,7 +120,8 @@ def trials(job: Job, pipe: Connection) -> None:
     started = time.perf_counter()
     policy = load_policy(job.folder, lora=LoraSpec(), device=torch.device(job.device))
     loaded = time.perf_counter()
-    data, geometry = reference(job, policy, for_kernels=True)
+    pairs = read_pairs(job, policy.tokenizer)
+    data, geometry = reference(job, policy, pairs, for_kernels=True)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=job.seed))
     now = time.perf_counter()
     turns.ready({"setup_s": now - started, "one_off_s": now - loaded})
@@ -146,9 +152,8 @@ def _check_whole(ended_by: EndedBy, message: str) -> None:
         raise RuntimeError(f"the run ended early ({ended_by.value}): {message}")
 
 
-def _sizes(policy: Policy, data: TrainingData) -> dict[str, Any]:
+def _sizes(policy: Policy, pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
     """Parameters and mean tokens of a pair, for tokens/s and arithmetic."""
-    pairs = data.pairs
     head = policy.head.weight.numel()
     of_layers = sum(
         p.numel()

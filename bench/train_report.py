@@ -76,6 +76,10 @@ class Speed:
         found = (row["memory"][name] for row in self.rounds)
         return statistics.median(m["peak"] - (0 if whole else m["loaded"]) for m in found)
 
+    def tokens(self, name: str) -> float:
+        """Tokens of a forward over a step's pairs, padding included."""
+        return statistics.mean(row["tokens_a_step"][name] for row in self.rounds)
+
     def one_off(self, name: str) -> float:
         """Seconds before the first step that a reference pass takes."""
         return float(statistics.median(row["one_off_s"][name] for row in self.rounds))
@@ -194,9 +198,9 @@ def goals(rows: list[Row]) -> list[Row]:
 def speed_table(rows: list[Row], kind: str = "speed") -> str:
     """Pairs a second and memory of every contender."""
     lines = [
-        "| model | data | contender | pairs/s | kdpo is faster by | reference pass, s "
-        "| MB above the loaded model | MB in all |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | data | contender | pairs/s | kdpo is faster by | tokens a step "
+        "| reference pass, s | MB above the loaded model | MB in all |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (model, data), speed in sorted(_speeds(rows, kind).items()):
         for name in speed.rounds[0]["seconds"]:
@@ -205,6 +209,7 @@ def speed_table(rows: list[Row], kind: str = "speed") -> str:
             extra, whole = speed.memory(name), speed.memory(name, whole=True)
             lines.append(
                 f"| {model} | {data} | {name} | {speed.pairs_a_second(name):.2f} | {faster} "
+                f"| {speed.tokens(name):,.0f} "
                 f"| {f'{one_off:.1f}' if one_off else '–'} | {extra / 1e6:,.0f} "
                 f"| {whole / 1e6:,.0f} |"
             )

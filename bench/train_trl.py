@@ -70,6 +70,7 @@ class OrderedTrainer(DPOTrainer):
 
     order: list[int]
     micro_losses: list[Tensor]
+    tokens = 0
     precompute_s = 0.0
 
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> Sampler[int]:
@@ -81,8 +82,11 @@ class OrderedTrainer(DPOTrainer):
         self.precompute_s = time.perf_counter() - started
         return found
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.tokens += inputs["input_ids"].numel()
         self.micro_losses.append(loss.detach())
         return loss
 
@@ -209,9 +213,10 @@ def _speed(job: Job, pipe: Connection, *, precompute: bool) -> None:
     turns.ready({"one_off_s": trainer.precompute_s})
     gauge.start()
     trainer.train()
+    memory = gauge.read()
     micro = [float(loss) for loss in trainer.micro_losses]
     losses = list(chunked(micro, args.gradient_accumulation_steps))
-    turns.end({"memory": gauge.read(), "losses": losses})
+    turns.end({"memory": memory, "losses": losses, "tokens_a_step": trainer.tokens / job.steps})
 
 
 def trials(job: Job, pipe: Connection) -> None:
