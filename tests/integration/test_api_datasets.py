@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.lifecycle import JobKind, JobStatus
+from models.repositories.jobs import JobRepository
 from tests.integration.api_world import World, gzipped, pairs, running_api
 from tests.integration.test_api import check_problem
 
@@ -100,6 +101,25 @@ def test_validation_that_dies_does_not_leave_the_client_waiting(world: World) ->
     answer = world.post("/v1/datasets", files={"file": pairs(20)}, headers={"Prefer": "wait=20"})
     worker.join()
     assert check_problem(answer, 500, "internal")["detail"] == "the parser died"
+
+
+def test_a_paused_validation_says_what_it_waits_for(world: World) -> None:
+    def pause() -> None:
+        fence = world.claim(JobKind.DATASET)
+        error = {"code": "disk_full", "message": "the disk is full", "hint": "Free some"}
+        with world.database.transaction() as session:
+            JobRepository(session).pause(fence, error, data={})
+
+    worker = world.soon(pause, JobKind.DATASET)
+    answer = world.post("/v1/datasets", files={"file": pairs(20)}, headers={"Prefer": "wait=20"})
+    worker.join()
+    assert answer.status_code == 202, "the upload is kept: it is not refused"
+    view = answer.json()
+    assert (view["status"], view["error"]["code"]) == ("validating", "disk_full")
+    assert world.post(f"/v1/jobs/{view['job_id']}/resume").json()["status"] == "queued"
+    world.validate()
+    view = world.get(f"/v1/datasets/{view['id']}").json()
+    assert (view["status"], view["error"]) == ("ready_with_warnings", None)
 
 
 def test_cancelled_validation_is_said(world: World) -> None:
