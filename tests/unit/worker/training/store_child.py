@@ -33,7 +33,7 @@ def main(model: str, store: str, how: str, folder: str) -> None:
 
     def progress(done: int, total: int) -> None:
         match how:
-            case "leads" if done and not begun.exists():
+            case "leads" if 0 < done < total and not begun.exists():
                 begun.touch()
                 give_up = time.monotonic() + PATIENCE_S
                 while not waiting.exists():

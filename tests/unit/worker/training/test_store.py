@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.errors import StorageFull
+from core.run_spec import LoraSpec
 from tests.unit.worker.training.micro import (
     Bench,
     ignore_progress,
@@ -31,7 +32,7 @@ from worker.training import reference
 from worker.training.batches import collate, micro_batches
 from worker.training.entries import EntryFolder
 from worker.training.forward import hidden_states, score_tokens
-from worker.training.model import Policy
+from worker.training.model import Policy, load_policy
 from worker.training.reference import (
     compute_reference,
     model_sha256,
@@ -159,6 +160,21 @@ def test_the_token_sample_is_even_over_all_batches(
     assert torch.equal(sample.token_log_probs, tokens[::stride])
 
 
+def test_states_go_to_the_file_while_the_pass_runs(bench: Bench, tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def watch(done: int, total: int) -> None:
+        if done < total:
+            sizes.append((tmp_path / f".tmp-{KEY}" / STATES).stat().st_size)
+
+    ask(bench.policy, tmp_path, count=80, progress=watch)
+    whole = (tmp_path / KEY / STATES).stat().st_size
+    assert len(sizes) > 10
+    assert sizes == sorted(sizes)
+    assert sizes[len(sizes) // 2] > whole / 4
+    assert whole - sizes[-1] < whole / 4
+
+
 def test_states_are_mapped_from_the_file_and_none_of_it_is_copied(
     bench: Bench, tmp_path: Path
 ) -> None:
@@ -182,6 +198,26 @@ def smaps(file: Path) -> dict[str, str]:
             break
         found[name] = rest.split()[0]
     return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gets_its_states_and_is_not_waited_for(llama_folder: Path, tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    policy = load_policy(llama_folder, lora=LoraSpec(r=4, alpha=8), device=cuda)
+    pairs = random_pairs(PAIRS)
+    states = stored_states(policy, pairs, tmp_path)
+    for group in groups_of(policy):
+        batch = collate(pairs, group, form=policy.form, device=cuda)
+        with torch.no_grad(), policy.as_reference():
+            expected = hidden_states(policy, batch, embeddings=False).states
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = states.of(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.device.type == "cuda"
+        assert torch.equal(found, expected)
 
 
 # ------------------------------------------------------- what is asked for counts
@@ -342,15 +378,18 @@ def test_two_processes_that_want_the_same_run_the_base_once(
     llama_folder: Path, bench: Bench, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    with (
-        child("leads", model=llama_folder, store=store, folder=tmp_path) as leader,
-        child("follows", model=llama_folder, store=store, folder=tmp_path) as follower,
-    ):
-        said = [process.communicate(timeout=CHILD_TIMEOUT_S) for process in (leader, follower)]
+    with child("leads", model=llama_folder, store=store, folder=tmp_path) as leader:
+        give_up = time.monotonic() + CHILD_TIMEOUT_S
+        while not (tmp_path / "begun").exists():
+            assert leader.poll() is None, leader.communicate()
+            assert time.monotonic() < give_up, "the first process does not begin"
+            time.sleep(0.05)
+        with child("follows", model=llama_folder, store=store, folder=tmp_path) as follower:
+            said = [process.communicate(timeout=CHILD_TIMEOUT_S) for process in (leader, follower)]
     assert (leader.returncode, follower.returncode) == (0, 0), said
     found = [json.loads(out.splitlines()[-1]) for out, _ in said]
     expected = len(groups_of(bench.policy))
-    assert sorted(one["passes"] for one in found) == [0, expected]
+    assert [one["passes"] for one in found] == [expected, 0]
     assert found[0]["sha256"] == found[1]["sha256"]
     assert ask(bench.policy, store)[1] == 0
 
