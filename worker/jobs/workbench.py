@@ -42,7 +42,7 @@ from worker.training.reference import (
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
 from worker.training.run import RunOutcome
-from worker.training.states import ReferenceStates, states_dtype
+from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
@@ -222,7 +222,7 @@ class Workbench:
             model=self.hashes["model_sha256"],
             tokenizer=self.hashes["tokenizer_sha256"],
             tokens=tokens_sha256(self.pairs[split]),
-            precision=str(states_dtype(self.policy)),
+            precision=self.policy.precision,
             # Attention in packed rows rounds in its own way, so it is part of the layout.
             form=str(self.policy.attention or self.policy.form),
         )

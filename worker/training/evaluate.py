@@ -3,24 +3,27 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from core.profile import Estimate
 from core.results import Comparison, Evaluation
 from core.spec import KlSpec
 from objectives import build_divergence, segment_sum, streamed_divergence
-from worker.training.batches import collate, micro_batches
+from worker.training.batches import PairBatch, collate, micro_batches
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
 from worker.training.reference import FORWARD_TOKENS
-from worker.training.states import ReferenceStates
+from worker.training.states import ReferenceStates, states_missing
 from worker.training.tokenize import TokenizedPair
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Scored = Callable[[PairBatch, Tensor], Tensor]
 
 ECE_BINS = 15
 BOOTSTRAP = 10_000
@@ -82,14 +85,21 @@ def measure(
     pairs: Sequence[TokenizedPair],
     *,
     reference: ReferenceStates | None = None,
+    scored: Scored | None = None,
     progress: Callable[[int, int], None],
 ) -> Measured:
     """Score pairs under the policy and under the reference, token distributions included.
 
     Both see the same batches, so an untrained policy has margins of exactly 0. `reference` are the
-    stored states of these pairs; without them the base is run again.
+    stored states of these pairs; without them the base is run again. `scored` is `scored_batch` of
+    this policy where something wraps it.
+
+    Raises:
+        RunAborted: all weights are trained and there are no stored states (`out_of_memory`).
     """
-    kl = streamed_divergence(KlSpec(), build_divergence(KlSpec(), head=None))
+    if policy.is_full and reference is None:
+        raise states_missing("drift on held-out pairs is measured from")
+    scored = partial(scored_batch, policy) if scored is None else scored
     n = len(pairs)
     out = np.zeros((3, n))
     done = 0
@@ -100,16 +110,7 @@ def measure(
         else:
             with policy.as_reference():
                 base = hidden_states(policy, batch, embeddings=False).states
-        expected = score_tokens(policy.head, base, batch.labels)
-        states = hidden_states(policy, batch, embeddings=False).states
-        scores = score_tokens(
-            policy.head, states, batch.labels, reference_states=base, divergence=kl
-        )
-        assert scores.divergence is not None
-        ratios = segment_sum(scores.log_prob - expected.log_prob, batch.row, 2 * batch.pairs)
-        kl_sum = segment_sum(scores.divergence, batch.row % batch.pairs, batch.pairs)
-        columns = torch.stack([ratios[: batch.pairs], ratios[batch.pairs :], kl_sum])
-        out[:, batch.index.cpu().numpy()] = columns.double().cpu().numpy()
+        out[:, list(batch.order)] = scored(batch, base).double().cpu().numpy()
         done += len(group)
         progress(done, n)
     return Measured(
@@ -120,6 +121,28 @@ def measure(
         kl_sum=out[2],
         group=pair_groups(pairs),
     )
+
+
+def scored_batch(policy: Policy, batch: PairBatch, base: Tensor) -> Tensor:
+    """Log-ratios of chosen and rejected answers, and summed KL(policy || reference), (3, B).
+
+    `base` (N, H) are the reference's hidden states.
+    """
+    kl = streamed_divergence(KlSpec(), build_divergence(KlSpec(), head=None))
+    expected = score_tokens(policy.reference_head or policy.head, base, batch.labels)
+    states = hidden_states(policy, batch, embeddings=False).states
+    scores = score_tokens(
+        policy.head,
+        states,
+        batch.labels,
+        reference_states=base,
+        reference_head=policy.reference_head,
+        divergence=kl,
+    )
+    assert scores.divergence is not None
+    ratios = segment_sum(scores.log_prob - expected.log_prob, batch.row, 2 * batch.pairs)
+    kl_sum = segment_sum(scores.divergence, batch.row % batch.pairs, batch.pairs)
+    return torch.stack([ratios[: batch.pairs], ratios[batch.pairs :], kl_sum])
 
 
 def pair_groups(pairs: Sequence[TokenizedPair]) -> Ints:

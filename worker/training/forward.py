@@ -51,7 +51,8 @@ class TokenScores:
 
 def hidden_states(policy: Policy, batch: PairBatch, *, embeddings: bool) -> Hidden:
     """Run the trunk once; the adapter counts unless the caller is in `policy.as_reference()`."""
-    states = run_trunk(policy.causal, batch, attention=policy.attention)
+    with policy.computing():
+        states = run_trunk(policy.causal, batch, attention=policy.attention)
     return Hidden(
         states=states.index_select(0, batch.states_at),
         embeddings=_pool(states, batch) if embeddings else None,
@@ -59,21 +60,26 @@ def hidden_states(policy: Policy, batch: PairBatch, *, embeddings: bool) -> Hidd
 
 
 def score_tokens(
-    head: nn.Linear,
+    head: nn.Linear | Head,
     states: Tensor,
     labels: Tensor,
     *,
     reference_states: Tensor | None = None,
+    reference_head: Head | None = None,
     divergence: StreamedDivergence | None = None,
     entropy: bool = False,
 ) -> TokenScores:
-    """Log-probs of `labels` (N,) after `states` (N, H); D(policy || reference) where asked for."""
+    """Log-probs of `labels` (N,) after `states` (N, H); D(policy || reference) where asked for.
+
+    `reference_head` is given where the policy's own output layer is trained.
+    """
     scores = stream_scores(
         states,
         labels,
         Head(head.weight, head.bias),
         divergence=divergence,
         reference_states=reference_states,
+        reference_head=reference_head,
         entropy=entropy,
     )
     return TokenScores(scores.log_prob, scores.divergence, scores.entropy)

@@ -17,23 +17,25 @@ NUM_SAMPLES = 3
 def generate_samples(
     policy: Policy, rows: Sequence[CanonicalRow], *, max_length: int
 ) -> tuple[GeneratedSample, ...]:
-    """Answer the prompts of the first rows that differ, greedily, by base and by adapter."""
+    """Answer the prompts of the first rows that differ, greedily, by reference and by policy."""
     firsts = {row.group_id: row for row in reversed(rows)}
     picked = [row for row in rows if firsts[row.group_id] is row][:NUM_SAMPLES]
-    samples = []
-    for row in picked:
-        limit = min(max_length, policy.max_positions or max_length)
-        ids = cut_prompt(
+    limit = min(max_length, policy.max_positions or max_length)
+    prompts = [
+        cut_prompt(
             prompt_ids(row.prompt, policy.tokenizer),
             max(1, limit - MAX_NEW_TOKENS),
             bos=policy.tokenizer.bos_token_id,
         )
-        with policy.as_reference():
-            base = _answer(policy, ids)
-        samples.append(
-            GeneratedSample(prompt=row.prompt[-1].content, base=base, aligned=_answer(policy, ids))
-        )
-    return tuple(samples)
+        for row in picked
+    ]
+    aligned = [_answer(policy, ids) for ids in prompts]
+    with policy.as_reference():
+        base = [_answer(policy, ids) for ids in prompts]
+    return tuple(
+        GeneratedSample(prompt=row.prompt[-1].content, base=before, aligned=after)
+        for row, before, after in zip(picked, base, aligned, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def _answer(policy: Policy, ids: list[int]) -> str:
         ),
         pad_token_id=tokenizer.pad_token_id,
     )
-    answer = policy.model.generate(
+    answer = policy.causal.generate(  # type: ignore[operator]
         input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
     )
     return str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).strip()

@@ -1,10 +1,14 @@
-"""The base model with one low-rank adapter, reset in place between runs, off for the reference."""
+"""The model that is trained, reset in place between runs, and the reference that it started as.
+
+With low-rank adaptation the reference is the model with its adapter off; with full fine-tuning it
+is what the model's folder says, read again where it is needed.
+"""
 
 import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,30 +27,65 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from core.errors import FailureCode, RunAborted
-from core.run_spec import LoraSpec
+from core.run_spec import FinalRunSpec, LoraSpec
+from objectives import Head
 from worker.training.attention import SharedAttention
 from worker.training.batches import Form
 from worker.training.low_rank import fuse_adapters
+from worker.training.memory import checkpoint_layers, quantization_config
 from worker.training.sharing import choose_attention
 from worker.training.tokenize import load_tokenizer
 
 log = logging.getLogger("kdpo.training")
 
+_DEFAULTS = FinalRunSpec()
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
+class FrozenBase:
+    """The weights that full fine-tuning starts from: a folder, and a copy of their output layer."""
+
+    folder: Path
+    head: Head
+
+    def put_into(self, model: PreTrainedModel) -> None:
+        """Make `model` the reference."""
+        fresh = load_base(self.folder, dtype=torch.float32).get_parameter
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(fresh(name))
+
+
+@dataclass(frozen=True)
 class Policy:
-    """A causal language model whose only trained weights are those of the adapter `default`.
+    """A causal language model of which the adapter `default` is trained, or everything.
 
     Always in evaluation mode: dropout would add noise to log-ratios and break exact resume.
     """
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     attention: SharedAttention | None = None
     """How packed pairs attend; None where the model has to see padded rows."""
+    base: FrozenBase | None = None
+    """Where the reference's weights are when all of the model's are trained."""
+    autocast: torch.dtype | None = None
+    """In what the trunk computes, where that is not the type of its weights."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained."""
+        return self.base is not None
+
+    @property
+    def precision(self) -> str:
+        """What numbers depend on besides weights and input."""
+        causal = self.causal
+        kept = "4-bit weights" if getattr(causal, "is_loaded_in_4bit", False) else "weights"
+        within = "" if self.autocast is None else f", computed in {self.autocast}"
+        return f"{self.head.weight.dtype} {kept}{within}"
 
     @property
     def form(self) -> Form:
@@ -54,8 +94,8 @@ class Policy:
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The transformers model around which the adapter is wrapped."""
-        model = self.model.get_base_model()
+        """The transformers model, without what an adapter wraps around it."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -73,6 +113,11 @@ class Policy:
         return head
 
     @property
+    def reference_head(self) -> Head | None:
+        """The reference's output layer where it is not the policy's."""
+        return None if self.base is None else self.base.head
+
+    @property
     def hidden_size(self) -> int:
         """H, the width of the last hidden state."""
         return self.head.in_features
@@ -85,13 +130,16 @@ class Policy:
     def adapter(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, in a stable order."""
         named = self.model.named_parameters()
-        return dict(sorted((name, p) for name, p in named if name.endswith((_A, _B))))
+        return dict(sorted((n, p) for n, p in named if self.is_full or n.endswith((_A, _B))))
 
     def reset_adapter(self, seed: int) -> None:
         """Start over from the reference: A uniform as LoRA's own initialisation, B zero.
 
         A pure function of the seed, whatever ran before.
         """
+        if self.base is not None:
+            self.base.put_into(self.causal)
+            return
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.adapter().items():
@@ -110,9 +158,28 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Switch the adapter off within the block: the model is the frozen reference."""
-        with self.model.disable_adapter():
+        """Make the model the frozen reference within the block.
+
+        An adapter is switched off; where all weights are trained they make room for those of the
+        folder, which is for passes over data and not for single steps.
+        """
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+            return
+        assert self.base is not None
+        kept = {n: p.detach().to("cpu", copy=True) for n, p in self.adapter().items()}
+        self.base.put_into(self.causal)
+        try:
             yield
+        finally:
+            self.load_adapter(kept)
+
+    def computing(self) -> AbstractContextManager[object]:
+        """In what the trunk computes within the block."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -122,16 +189,52 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def load_policy(folder: Path, *, lora: LoraSpec, device: torch.device) -> Policy:
-    """Load safetensors weights with plain transformers and wrap them; float32 on a CPU, else bf16.
+def load_policy(
+    folder: Path, *, lora: LoraSpec, device: torch.device, options: FinalRunSpec = _DEFAULTS
+) -> Policy:
+    """Load safetensors weights with plain transformers, ready to train an adapter or all of them.
 
     Raises:
-        RunAborted: the folder holds no model that can be used (`model_not_found`).
+        RunAborted: the folder holds no model that can be used (`model_not_found`), or 4 bits are
+            asked for where they cannot be had (`dependency_error`).
     """
     tokenizer = load_tokenizer(folder)
-    base = load_base(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    nn.Module.to(base, device)
-    base.requires_grad_(False)
+    is_full = options.adaptation == "full"
+    asked = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[options.precision]
+    computed = asked or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    base = load_base(
+        folder,
+        dtype=torch.float32 if is_full else computed,
+        quantization=quantization_config(options, computed, device),
+    )
+    if options.quantization is None:
+        nn.Module.to(base, device)
+    base.requires_grad_(is_full)
+    if options.gradient_checkpointing:
+        checkpoint_layers(base)
+    if is_full:
+        head = base.get_output_embeddings()
+        policy = Policy(
+            model=base,
+            tokenizer=tokenizer,
+            device=device,
+            base=FrozenBase(folder, _frozen_head(head)) if isinstance(head, nn.Linear) else None,
+            autocast=None if computed is torch.float32 else computed,
+        )
+    else:
+        policy = Policy(model=_adapted(base, lora), tokenizer=tokenizer, device=device)
+        policy.reset_adapter(0)
+    policy.model.eval()
+    _check_head(policy, folder)
+    sharing = choose_attention(policy.causal, device=device)
+    if sharing.attention is None:
+        log.warning("every prompt is run twice, in padded rows: %s", sharing.reason)
+    else:
+        log.info("prompts are shared: %s %s", sharing.attention.name, sharing.reason)
+    return replace(policy, attention=sharing.attention)
+
+
+def _adapted(base: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a factor; peft only divides it
@@ -142,17 +245,14 @@ def load_policy(folder: Path, *, lora: LoraSpec, device: torch.device) -> Policy
     )
     with peft_warnings_off():
         model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
     fuse_adapters(model)
-    model.eval()
-    policy = Policy(model=model, tokenizer=tokenizer, device=device)
-    policy.reset_adapter(0)
-    _check_head(policy, folder)
-    sharing = choose_attention(policy.causal, device=device)
-    if sharing.attention is None:
-        log.warning("every prompt is run twice, in padded rows: %s", sharing.reason)
-    else:
-        log.info("prompts are shared: %s %s", sharing.attention.name, sharing.reason)
-    return replace(policy, attention=sharing.attention)
+    return model
+
+
+def _frozen_head(head: nn.Linear) -> Head:
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return Head(head.weight.detach().clone(), bias)
 
 
 @contextmanager
@@ -163,7 +263,9 @@ def peft_warnings_off() -> Iterator[None]:
         yield
 
 
-def load_base(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(
+    folder: Path, *, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """Load safetensors weights, all of them and all finite, and nothing that could run code.
 
     Raises:
@@ -181,6 +283,7 @@ def load_base(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            quantization_config=quantization,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

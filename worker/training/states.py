@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.errors import FailureCode, RunAborted
 from worker.training.batches import PairBatch
 from worker.training.model import Policy
 from worker.training.tokenize import TokenizedPair
@@ -109,6 +110,18 @@ def states_fit(policy: Policy, pairs: Sequence[TokenizedPair], *, budget_bytes: 
         tokens, needed, budget_bytes, "kept" if fit else "the base is run again at every step",
     )  # fmt: skip
     return fit
+
+
+def states_missing(use: str) -> RunAborted:
+    """The error for a reference that has to be run again while the policy is trained in full."""
+    return RunAborted(
+        f"{use} the hidden states of the reference; those of the data do not fit into "
+        "KDPO_TRAINING__REFERENCE_STATES_BYTES, and with adaptation `full` the base is no more "
+        "there to compute them again",
+        failure=FailureCode.OUT_OF_MEMORY,
+        hint="raise KDPO_TRAINING__REFERENCE_STATES_BYTES (the worker's log says to how much), "
+        "train a low-rank adapter, or use less data",
+    )
 
 
 def _answers(batch: PairBatch, *, pairs: int) -> Ints:

@@ -17,7 +17,7 @@ from objectives import HybridObjective, PairEmbeddings, PreferenceBatch, streame
 from worker.training.batches import PairBatch, collate, computed_tokens, micro_batches
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
-from worker.training.states import ReferenceStates
+from worker.training.states import ReferenceStates, states_missing
 from worker.training.tokenize import TokenizedPair
 
 log = logging.getLogger("kdpo.training")
@@ -84,6 +84,7 @@ class PairLoss(nn.Module):
             hidden.states,
             batch.labels,
             reference_states=states if self.divergence is not None else None,
+            reference_head=self._policy.reference_head if self.divergence is not None else None,
             divergence=self.divergence,
         )
         chosen, rejected = scores.sequence_log_probs(batch)
@@ -121,6 +122,8 @@ class PairStep:
 
     def __post_init__(self) -> None:
         device = self.policy.device
+        if self.policy.is_full and self.loss.divergence and self.data.reference_states is None:
+            raise states_missing("a divergence penalty is measured from")
         self.max_tokens = self.max_tokens or MICRO_TOKENS.get(device.type, MICRO_TOKENS["cuda"])
         self._chosen = self.data.chosen_log_prob.to(device)
         self._rejected = self.data.rejected_log_prob.to(device)

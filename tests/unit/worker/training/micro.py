@@ -13,14 +13,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from core.run_spec import LoraSpec
-from objectives import Geometry, build_objective, fit_geometry
+from core.run_spec import FinalRunSpec, LoraSpec
+from objectives import Geometry, HybridObjective, build_objective, fit_geometry
 from worker.training.checkpoint import SavedState
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import ReferenceTable, compute_reference
 from worker.training.resolve import TrainPlan
-from worker.training.run import RunOutcome
+from worker.training.run import RunOutcome, TrainingRun
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import ReferenceStore
@@ -58,8 +58,13 @@ def write_gpt2(folder: Path) -> Path:
     return folder
 
 
-def micro_policy(folder: Path) -> Policy:
-    return load_policy(folder, lora=LoraSpec(r=4, alpha=8), device=torch.device("cpu"))
+def micro_policy(folder: Path, **options: Any) -> Policy:
+    return load_policy(
+        folder,
+        lora=LoraSpec(r=4, alpha=8),
+        device=torch.device("cpu"),
+        options=FinalRunSpec(**options),
+    )
 
 
 def random_pairs(count: int, *, seed: int = 0) -> tuple[TokenizedPair, ...]:
@@ -136,6 +141,15 @@ class MemoryStore:
         return self.every_step
 
 
+def micro_plan(**plan: Any) -> TrainPlan:
+    """A plan of six steps; keyword arguments stand above it."""
+    values: dict[str, Any] = {
+        "learning_rate": 5e-3, "total_steps": 6, "warmup_steps": 1, "schedule": "linear",
+        "batch_size": 5, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 3,
+    }  # fmt: skip
+    return TrainPlan(**(values | plan))
+
+
 class Bench:
     """A policy with pairs, their reference and the geometry."""
 
@@ -147,25 +161,35 @@ class Bench:
 
     def train(self, spec: Any, *, hooks: Recorder, store: MemoryStore | None = None,
               states: ReferenceStates | None = None, **plan: Any) -> RunOutcome:  # fmt: skip
-        objective = build_objective(spec, geometry=self.geometry, head=self.policy.head.weight)
-        values: dict[str, Any] = {
-            "learning_rate": 5e-3, "total_steps": 6, "warmup_steps": 1, "schedule": "linear",
-            "batch_size": 5, "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 3,
-        }  # fmt: skip
         return train(
             self.policy,
-            objective,
-            TrainingData(
-                pairs=self.pairs,
-                chosen_log_prob=self.table.chosen_log_prob,
-                rejected_log_prob=self.table.rejected_log_prob,
-                frozen_embeddings=self.table.embeddings,
-                reference_states=states,
-            ),
-            plan=TrainPlan(**(values | plan)),
+            self.objective(spec),
+            self.data(states),
+            plan=micro_plan(**plan),
             weights_learning_rate=0.05,
             hooks=hooks,
             store=store,
+        )
+
+    def run(self, spec: Any, *, states: ReferenceStates | None = None, **plan: Any) -> TrainingRun:
+        return TrainingRun(
+            self.policy,
+            self.objective(spec),
+            self.data(states),
+            plan=micro_plan(**plan),
+            weights_learning_rate=0.05,
+        )
+
+    def objective(self, spec: Any) -> HybridObjective:
+        return build_objective(spec, geometry=self.geometry, head=self.policy.head.weight)
+
+    def data(self, states: ReferenceStates | None = None) -> TrainingData:
+        return TrainingData(
+            pairs=self.pairs,
+            chosen_log_prob=self.table.chosen_log_prob,
+            rejected_log_prob=self.table.rejected_log_prob,
+            frozen_embeddings=self.table.embeddings,
+            reference_states=states,
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
