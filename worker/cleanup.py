@@ -43,14 +43,15 @@ class Cleanup:
 
         Raises:
             Unavailable: the database does not answer.
+            StorageFull: the disk has no room for the lock of what a dead process has left.
         """
         self._clean_uploads()
         self._clean_attempts()
-        self._references.remove_leftovers()
         for folder in ("datasets", "datasets/*"):
             for path in self._artifacts.glob(f"{folder}/.*"):
                 if _TEMPORARY.fullmatch(path.name) and _is_stale(path):
                     _try_to_remove(path)
+        self._references.remove_leftovers()
 
     def _clean_uploads(self) -> None:
         """Remove uploads whose dataset is examined, and old ones that no dataset names."""
