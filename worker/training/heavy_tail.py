@@ -5,14 +5,14 @@ Only copies are computed with, layer by layer on the CPU: the policy is never ch
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from core.results import HeavyTails, LayerTail, TailFit
@@ -30,7 +30,6 @@ MAX_WORK = 2e11
 # A matrix product does so many multiplications in the time that an eigenproblem does one.
 _PRODUCT_SPEED = 8
 _ADAPTER = "default"
-_ROOT = "base_model.model."
 _BLOCK = re.compile(r"\.(\d+)\.")
 # Values that differ by rounding only have no spread to fit a law to.
 _NO_SPREAD = 1e-9
@@ -38,23 +37,26 @@ _NO_SPREAD = 1e-9
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear weight under an adapter."""
+    """A linear weight that is trained: under an adapter, or itself."""
 
     name: str
-    module: LoraLayer
+    module: nn.Module | LoraLayer
 
     @property
-    def weight(self) -> Tensor:
-        """The base's W in y = W x, (outputs, inputs); Conv1D keeps it the other way round."""
-        base = self.module.get_base_layer()
-        assert isinstance(base.weight, Tensor)
-        weight = base.weight.detach()
-        return weight.T if isinstance(base, Conv1D) else weight
+    def base(self) -> nn.Module:
+        module = self.module
+        return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, cols = self.weight.shape
-        return rows, cols
+        """Rows and columns of W in y = W x: outputs, inputs."""
+        if isinstance(self.module, LoraLayer):  # a base in 4 bits is packed into another shape
+            rows, cols = self.module.out_features, self.module.in_features
+            assert rows is not None
+            assert cols is not None
+            return rows, cols
+        outputs, inputs = self.weight().shape
+        return outputs, inputs
 
     @property
     def work(self) -> float:
@@ -70,37 +72,56 @@ class _Layer:
 
     def unusable(self) -> str | None:
         """Why its spectrum is not computed, whatever the budget."""
-        weight = self.weight
+        weight = self.weight()
         if not weight.is_floating_point():
             return f"its base weight is stored as {weight.dtype}, not as plain numbers"
-        side = min(weight.shape)
+        side = min(self.shape)
         if side > MAX_SIDE:
             return f"its smaller side is {side}, more than {MAX_SIDE}"
         return None
 
-    def before_and_after(self) -> tuple[Tensor, Tensor]:
-        """Return copies of W and W + s B A in float64 on the CPU."""
-        before = self.weight.cpu().double()
-        parts = (self.module.lora_B[_ADAPTER], self.module.lora_A[_ADAPTER])
+    def weight(self) -> Tensor:
+        """W without an adapter; Conv1D keeps it the other way round."""
+        weight = self.base.get_parameter("weight").detach()
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    def adapted(self) -> Tensor:
+        """W, or a copy W + s B A in float64 where there is an adapter."""
+        weight, module = self.weight(), self.module
+        if not isinstance(module, LoraLayer):
+            return weight
+        parts = (module.lora_B[_ADAPTER], module.lora_A[_ADAPTER])
         b, a = (part.get_parameter("weight").detach().cpu().double() for part in parts)
-        return before, before + self.module.scaling[_ADAPTER] * (b @ a)
+        return weight.cpu().double() + module.scaling[_ADAPTER] * (b @ a)
 
 
 def heavy_tails(policy: Policy, *, progress: Callable[[int, int], None]) -> HeavyTails:
-    """Fit the spectra of every linear weight that the adapter touches, without and with it.
+    """Fit the spectra of every linear weight of the trunk that is trained, before and after.
 
     A weight whose smaller side is above `MAX_SIDE` is passed over. Where the rest costs more than
     `MAX_WORK`, whole blocks are taken evenly over the depth, one at least. What is passed over
     says why.
     """
-    layers = list(_touched(policy))
+    layers = _trained(policy)
     skipped = _passed_over(layers)
-    found = []
-    for number, layer in enumerate(layers):
-        progress(number, len(layers))
-        found.append(_fitted(layer, skipped.get(layer.name)))
-    progress(len(layers), len(layers))
-    return summarize(found)
+    measured = [layer for layer in layers if layer.name not in skipped]
+    total = 2 * len(measured)
+    with policy.as_reference():
+        before: dict[str, TailFit | None] = {}
+        for layer in measured:
+            progress(len(before), total)
+            before[layer.name] = fit_tail(spectrum(layer.weight()))
+    after: dict[str, TailFit | None] = {}
+    for layer in measured:
+        progress(len(before) + len(after), total)
+        after[layer.name] = fit_tail(spectrum(layer.adapted()))
+    progress(total, total)
+    return summarize(
+        [
+            _found(layer, before.get(layer.name), after.get(layer.name), skipped.get(layer.name))
+            for layer in layers
+        ]
+    )
 
 
 def fit_tail(eigenvalues: Floats) -> TailFit | None:
@@ -135,9 +156,10 @@ def spectrum(weight: Tensor) -> Floats:
 
     They are the squared singular values of W. The product is formed on the smaller side: that is
     several times faster than singular values and exact to the largest one times the machine's
-    epsilon, which the tail does not notice. Below that, an eigenvalue counts as zero. `weight`:
-    2-D, float64.
+    epsilon, which the tail does not notice. Below that, an eigenvalue counts as zero. Computed in
+    float64 on the CPU, from a copy. `weight`: 2-D.
     """
+    weight = weight.cpu().double()
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     values = torch.linalg.eigvalsh(wide @ wide.T).numpy()
     zero = values.max(initial=0.0) * max(weight.shape) * np.finfo(np.float64).eps
@@ -177,10 +199,17 @@ def summarize(layers: Sequence[LayerTail]) -> HeavyTails:
     )
 
 
-def _touched(policy: Policy) -> Iterator[_Layer]:
-    for name, module in policy.model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield _Layer(name.removeprefix(_ROOT), module)
+def _trained(policy: Policy) -> list[_Layer]:
+    """Layers under the adapter; without one, the linear layers of the trunk that are trained."""
+    modules = list(policy.causal.named_modules())
+    adapted = [_Layer(name, module) for name, module in modules if isinstance(module, LoraLayer)]
+    return adapted or [
+        _Layer(name, module)
+        for name, module in modules
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not policy.head
+        and module.weight.requires_grad
+    ]
 
 
 def _passed_over(layers: Sequence[_Layer]) -> dict[str, str]:
@@ -196,12 +225,13 @@ def _passed_over(layers: Sequence[_Layer]) -> dict[str, str]:
     return reasons
 
 
-def _fitted(layer: _Layer, skipped: str | None) -> LayerTail:
+def _found(
+    layer: _Layer, before: TailFit | None, after: TailFit | None, skipped: str | None
+) -> LayerTail:
     rows, cols = layer.shape
-    if skipped is not None:
-        return LayerTail(layer=layer.name, rows=rows, cols=cols, skipped=skipped)
-    before, after = (fit_tail(spectrum(weight)) for weight in layer.before_and_after())
-    if before is None or after is None:
-        why = f"fewer than {MIN_TAIL} eigenvalues, or all of them equal"
-        return LayerTail(layer=layer.name, rows=rows, cols=cols, skipped=why)
-    return LayerTail(layer=layer.name, rows=rows, cols=cols, before=before, after=after)
+    if skipped is None and (before is None or after is None):
+        before = after = None
+        skipped = f"fewer than {MIN_TAIL} eigenvalues, or all of them equal"
+    return LayerTail(
+        layer=layer.name, rows=rows, cols=cols, before=before, after=after, skipped=skipped
+    )

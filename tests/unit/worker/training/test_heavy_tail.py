@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 
 from core.results import LayerTail, TailFit
+from core.run_spec import FinalRunSpec, LoraSpec
 from tests.unit.worker.training.micro import Bench, Recorder, ignore_progress, micro_policy
 from tests.unit.worker.training.test_export import HMK
 from worker.training import heavy_tail
@@ -20,7 +21,7 @@ from worker.training.heavy_tail import (
     spectrum,
     summarize,
 )
-from worker.training.model import Policy
+from worker.training.model import Policy, load_policy
 
 
 def pareto(alpha: float, *, x_min: float, count: int, seed: int) -> Floats:
@@ -109,7 +110,8 @@ def test_every_trained_layer_is_measured_before_and_after(
     kept = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     calls: list[tuple[int, int]] = []
     report = heavy_tails(policy, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(n, len(report.layers)) for n in range(len(report.layers) + 1)]
+    total = 2 * len(report.layers)
+    assert calls == [(n, total) for n in range(total + 1)]
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(parameter, kept[name]), "measuring must not change the policy"
     merged = copy.deepcopy(policy.model).merge_and_unload()
@@ -126,6 +128,28 @@ def test_every_trained_layer_is_measured_before_and_after(
     assert [x.before for x in report.layers] == [x.before for x in untrained.layers]
     assert report.changed > 0
     assert f"than 0.1 in {report.changed} " in report.sentence
+
+
+@pytest.mark.parametrize("folder", ["llama_folder", "gpt2_folder"])
+def test_full_fine_tuning_is_held_against_the_weights_of_its_folder(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    path: Path = request.getfixturevalue(folder)
+    full = load_policy(
+        path, lora=LoraSpec(), device=torch.device("cpu"), options=FinalRunSpec(adaptation="full")
+    )
+    with torch.no_grad():
+        for parameter in full.adapter().values():
+            parameter.mul_(parameter.abs().sqrt())
+    kept = {name: p.detach().clone() for name, p in full.model.named_parameters()}
+    report = heavy_tails(full, progress=ignore_progress)
+    for name, parameter in full.model.named_parameters():
+        assert torch.equal(parameter, kept[name]), "measuring must not change the policy"
+    adapted = heavy_tails(micro_policy(path), progress=ignore_progress)
+    assert [(x.layer, x.rows, x.cols, x.before) for x in report.layers] == [
+        (x.layer, x.rows, x.cols, x.before) for x in adapted.layers
+    ]
+    assert all(layer.before != layer.after for layer in report.layers)
 
 
 def test_numbers_are_the_same_each_time(bench: Bench) -> None:
