@@ -103,7 +103,10 @@ class Segments:
             return inside & ((part[query] == part[key]) | (part[key] == 0))
 
         count = pair.shape[0]
-        return create_block_mask(sees, None, None, count, count, device=str(self.device))
+        on_gpu = self.device.type == "cuda"
+        return create_block_mask(
+            sees, None, None, count, count, device=str(self.device), _compile=on_gpu
+        )
 
 
 class UnsupportedAttention(KdpoError):

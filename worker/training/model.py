@@ -190,9 +190,16 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def load_policy(
-    folder: Path, *, lora: LoraSpec, device: torch.device, options: FinalRunSpec = _DEFAULTS
+    folder: Path,
+    *,
+    lora: LoraSpec,
+    device: torch.device,
+    options: FinalRunSpec = _DEFAULTS,
+    choices: Path | None = None,
 ) -> Policy:
     """Load safetensors weights with plain transformers, ready to train an adapter or all of them.
+
+    Under `choices` is kept which attention was fastest on this machine.
 
     Raises:
         RunAborted: the folder holds no model that can be used (`model_not_found`), or 4 bits are
@@ -226,7 +233,7 @@ def load_policy(
         policy.reset_adapter(0)
     policy.model.eval()
     _check_head(policy, folder)
-    sharing = choose_attention(policy.causal, device=device)
+    sharing = choose_attention(policy.causal, device=device, choices=choices)
     if sharing.attention is None:
         log.warning("every prompt is run twice, in padded rows: %s", sharing.reason)
     else:

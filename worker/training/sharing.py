@@ -5,15 +5,19 @@ that the same pairs give as padded rows. A model that fails keeps the padded for
 why.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.training.attention import SharedAttention, UnsupportedAttention, register
 from worker.training.batches import Form, PairBatch, collate
 from worker.training.tokenize import TokenizedPair
@@ -21,6 +25,9 @@ from worker.training.tokenize import TokenizedPair
 log = logging.getLogger("kdpo.training")
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+TIMED = {"cuda"}
+"""Kinds of devices on which attentions that work are timed; elsewhere the first one is taken."""
+
 _LOW_PRECISION = 5e-2
 _SHAREABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _PROBE = ((7, 5, 9), (3, 4, 2))
@@ -63,11 +70,15 @@ def run_trunk(
     return states.reshape(-1, states.shape[-1])
 
 
-def choose_attention(causal: PreTrainedModel, *, device: torch.device) -> Sharing:
+def choose_attention(
+    causal: PreTrainedModel, *, device: torch.device, choices: Path | None = None
+) -> Sharing:
     """Pick the fastest attention that gives packed pairs the states of padded ones.
 
     On a CPU segments are taken where they work, which leave out every masked block; on CUDA what
-    works is timed, forward and backward. The model is left set to the choice.
+    works is timed, forward and backward. Under the folder `choices` the winner is kept, so that
+    later processes on such a machine choose alike: sums differ in their last digits. The model is
+    left set to the choice.
     """
     register()
     config = causal.config.get_text_config()
@@ -85,19 +96,34 @@ def choose_attention(causal: PreTrainedModel, *, device: torch.device) -> Sharin
         found = _difference(causal, candidate, probe, expected, device=device)
         if found is None:
             working.append(candidate)
-            if device.type == "cpu":
+            if device.type not in TIMED:
                 break
         else:
             reasons.append(f"{candidate.name.lower()}: {found}")
     if not working:
         causal.set_attn_implementation(original)
         return Sharing(None, "; ".join(reasons))
-    if len(working) > 1:
+    kept = None if choices is None else choices / f"{_circumstances(causal, device)}.txt"
+    if len(working) > 1 and kept is not None and kept.is_file():
+        working.sort(key=lambda a: a.value != kept.read_text())
+    elif len(working) > 1:
         seconds = {a: _seconds(causal, a, device=device) for a in working}
         working.sort(key=seconds.__getitem__)
         reasons = [f"{a.name.lower()}: {1e3 * s:.1f} ms" for a, s in seconds.items()]
+        if kept is not None:
+            with full_disk_as_error(kept.parent):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_writer(kept) as file:
+                    file.write(working[0].value.encode())
     causal.set_attn_implementation(working[0].implementation)
     return Sharing(working[0], "; ".join(reasons))
+
+
+def _circumstances(causal: PreTrainedModel, device: torch.device) -> str:
+    """Name of all that the speed of an attention depends on."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about = (causal.config.to_json_string(), card, torch.__version__, transformers.__version__)
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()
 
 
 def _refusal(config: PreTrainedConfig) -> str:
@@ -157,15 +183,20 @@ def _seconds(causal: PreTrainedModel, attention: SharedAttention, *, device: tor
     causal.set_attn_implementation(attention.implementation)
     times = []
     for _ in range(_REPEATS):
-        torch.cuda.synchronize(device)
+        _wait(device)
         started = time.perf_counter()
         states = run_trunk(causal, batch, attention=attention)
         if states.requires_grad:
             states.float().sum().backward()
-        torch.cuda.synchronize(device)
+        _wait(device)
         times.append(time.perf_counter() - started)
     causal.zero_grad(set_to_none=True)
     return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _pairs(sizes: Sequence[Sequence[int]], vocabulary: int) -> list[TokenizedPair]:

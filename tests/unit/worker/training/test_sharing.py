@@ -40,6 +40,7 @@ from tests.unit.worker.training.micro import (
     tiny_tokenizer,
 )
 from worker.training import attention as attention_module
+from worker.training import sharing
 from worker.training.attention import SharedAttention
 from worker.training.batches import PairBatch, collate
 from worker.training.evaluate import measure
@@ -196,10 +197,10 @@ def test_a_model_that_cannot_share_keeps_padded_rows_and_the_reason_is_logged(
     torch.manual_seed(0)
     causal = model().eval()
     before = causal.config._attn_implementation
-    sharing = choose_attention(causal, device=CPU)
-    assert sharing.attention is None
-    assert sharing.reason
-    assert why in sharing.reason
+    found = choose_attention(causal, device=CPU)
+    assert found.attention is None
+    assert found.reason
+    assert why in found.reason
     assert causal.config._attn_implementation == before
 
 
@@ -207,3 +208,19 @@ def test_layers_that_a_probe_cannot_tell_apart_are_refused() -> None:
     causal = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     causal.config.attention_chunk_size = 64
     assert "chunks" in choose_attention(causal, device=CPU).reason
+
+
+def test_what_was_fastest_is_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "TIMED", {"cpu"})
+    policy = load_policy(saved(tmp_path / "m", MODELS["llama"]()), lora=LoraSpec(), device=CPU)
+    first = choose_attention(policy.causal, device=CPU, choices=tmp_path / "kept")
+    assert "segments: " in first.reason
+    assert "mask: " in first.reason
+    assert all(p.grad is None for p in policy.adapter().values())
+    (file,) = (tmp_path / "kept").iterdir()
+    assert file.read_text() == str(first.attention)
+    for kept in (SharedAttention.MASK, SharedAttention.SEGMENTS):
+        file.write_text(kept.value)
+        again = choose_attention(policy.causal, device=CPU, choices=tmp_path / "kept")
+        assert again.attention is kept
+        assert policy.causal.config._attn_implementation == kept.implementation
