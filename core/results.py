@@ -86,6 +86,9 @@ class RunSummary(SpecModel):
     objective: ObjectiveSpec
     learning_rate: float
     steps: int
+    published_step: int | None = Field(
+        default=None, description="whose weights these are; null in results of older versions"
+    )
     pairs_seen: int
     seconds: float
     checkpoint_id: str
@@ -114,6 +117,10 @@ class TrainingResult(SpecModel):
     search: SearchSummary | None = None
     run: RunSummary
     baseline: RunSummary | None = Field(description="plain DPO's run; null when it diverged")
+    last: RunSummary | None = Field(
+        default=None,
+        description="the run's last weights, where earlier ones were better on validation",
+    )
     comparison: Comparison
     samples: tuple[GeneratedSample, ...]
     heavy_tails: HeavyTails | None = Field(

@@ -124,6 +124,17 @@ class TrainingSettings(_Group):
         default=20_480 * MIB, ge=0, description="of all references on disk; the unused go first"
     )
     progress_every_s: float = Field(default=1.0, gt=0)
+    trackers: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="that final runs report to, e.g. tensorboard, mlflow, wandb"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("trackers"), str):
+            names = values["trackers"].strip("[]").replace('"', "").split(",")
+            values = {**values, "trackers": tuple(n.strip() for n in names if n.strip())}
+        return values
 
 
 class AuthSettings(_Group):
@@ -213,6 +224,11 @@ class Settings(BaseSettings):
     def reference_dir(self) -> Path:
         """Folder of what reference models say about data; all of it can be computed again."""
         return self.artifact_dir / "reference"
+
+    @property
+    def attention_dir(self) -> Path:
+        """Folder of which attention was fastest for a model; all of it can be timed again."""
+        return self.artifact_dir / "attention"
 
     @property
     def upload_dir(self) -> Path:

@@ -36,12 +36,14 @@ from tests.integration.training_world import (
 )
 from worker.context import JobContext, Preempted
 from worker.jobs import export, fine_tune, recommend
+from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import ScopeStore, Span
-from worker.jobs.workbench import RunRequest, Workbench
+from worker.jobs.workbench import Workbench
 from worker.training.checkpoint import SavedState
 from worker.training.folders import open_sealed
 from worker.training.optuna_storage import open_storage
 from worker.training.run import RunOutcome
+from worker.training.trainer import Leave
 
 AUTO: dict[str, Any] = {
     "type": "auto",
@@ -335,8 +337,10 @@ def test_a_baseline_that_diverges_does_not_cost_the_run(
 ) -> None:
     real = Workbench.train
 
-    def train(bench: Workbench, request: RunRequest, *, span: Span) -> RunOutcome:
-        outcome = real(bench, request, span=span)
+    def train(
+        bench: Workbench, request: RunRequest, *, span: Span, leave: Leave = "best"
+    ) -> RunOutcome:
+        outcome = real(bench, request, span=span, leave=leave)
         if request.scope == "baseline":
             return replace(outcome, ended_by=EndedBy.NAN, message="not finite at step 2")
         return outcome

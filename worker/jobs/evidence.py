@@ -3,7 +3,7 @@
 from core.results import Comparison, Evaluation, HeavyTails, RunSummary
 from core.run_spec import CandidateSpec
 from core.spec import SpecModel
-from worker.jobs.workbench import RunRequest
+from worker.jobs.runs import RunRequest
 
 
 class Plan(SpecModel):
@@ -38,19 +38,26 @@ class Plan(SpecModel):
 
 
 class Trained(SpecModel):
-    """The result of the steps `train` and `baseline`."""
+    """The result of the steps `train` and `baseline`; `best_step` where they were scored."""
 
     steps: int
+    best_step: int | None = None
     pairs_seen: int
     seconds: float
     mixture_weights: dict[str, float] | None
     diverged: str | None = None
 
+    @property
+    def published_step(self) -> int:
+        """The step whose weights are published."""
+        return self.steps if self.best_step is None else self.best_step
+
 
 class Evidence(SpecModel):
     """The result of the step `evaluate`; ids are drawn here, so that `save` can be repeated.
 
-    Without an evaluation the baseline has diverged and is not published.
+    Without an evaluation the baseline has diverged and is not published. `last` are the run's last
+    weights where others were better on validation.
     """
 
     run: Evaluation
@@ -60,16 +67,24 @@ class Evidence(SpecModel):
     heavy_tails: HeavyTails
     checkpoint_id: str
     baseline_checkpoint_id: str | None
+    last: Evaluation | None = None
+    last_checkpoint_id: str | None = None
 
 
 def run_summary(
-    candidate: CandidateSpec, trained: Trained, measured: Evaluation, checkpoint_id: str
+    candidate: CandidateSpec,
+    trained: Trained,
+    measured: Evaluation,
+    checkpoint_id: str,
+    *,
+    step: int | None = None,
 ) -> RunSummary:
-    """What came of a run, as the result tells it."""
+    """What came of a run, as the result tells it; `step` where it is not the published one."""
     return RunSummary(
         objective=candidate.objective,
         learning_rate=candidate.learning_rate,
         steps=trained.steps,
+        published_step=trained.published_step if step is None else step,
         pairs_seen=trained.pairs_seen,
         seconds=trained.seconds,
         checkpoint_id=checkpoint_id,

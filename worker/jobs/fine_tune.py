@@ -14,7 +14,7 @@ from core.lifecycle import EndedBy, Phase
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.modelref import ModelRef
 from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
-from core.run_spec import CandidateSpec, SearchSpec, TrainSpec
+from core.run_spec import CandidateSpec, SearchSpec
 from core.spec import ObjectiveSpec
 from models.repositories.jobs import JobRepository
 from models.repositories.steps import StepRepository
@@ -22,15 +22,12 @@ from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.jobs.evidence import Evidence, Plan, Trained, run_summary
 from worker.jobs.flags import raise_flags
-from worker.jobs.publish import publish_folder
+from worker.jobs.publish_run import Publication, publish_run
 from worker.jobs.recommend import make_recommendation, stored_recommendation
+from worker.jobs.runs import abort_unless_complete, train_spec
 from worker.jobs.scopes import Reporter, Span
 from worker.jobs.search_trials import Choice, search
-from worker.jobs.workbench import (
-    Workbench,
-    abort_unless_complete,
-    open_workbench,
-)
+from worker.jobs.workbench import Workbench, open_workbench
 from worker.training.evaluate import (
     Measured,
     baseline_diverged,
@@ -39,9 +36,11 @@ from worker.training.evaluate import (
     fit_temperature,
     same_objective,
 )
-from worker.training.export import CardFacts, export_adapter, versions
+from worker.training.export import versions
 from worker.training.generate import generate_samples
 from worker.training.heavy_tail import heavy_tails
+from worker.training.run import RunOutcome
+from worker.training.trainer import Leave
 
 _METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 _AUTO_STEPS = {
@@ -75,7 +74,7 @@ def run(context: JobContext) -> dict[str, Any]:
     encoder = context.job.spec.get("encoder")
     bench = open_workbench(
         context,
-        spec=_train_spec(method),
+        spec=train_spec(method),
         splits=(Split.TRAIN, Split.VALIDATION, Split.TEST),
         encoder=None if encoder is None else ModelRef.model_validate(encoder),
     )
@@ -83,18 +82,6 @@ def run(context: JobContext) -> dict[str, Any]:
         for warning in bench.warnings:
             context.warn(warning)
     return _FineTune(bench, method, spans).run()
-
-
-def _train_spec(method: Method) -> TrainSpec:
-    match method:
-        case AutoMethod():
-            return method.auto.hyperparameters.train_spec()
-        case DpoMethod():
-            return method.dpo.hyperparameters.train_spec()
-        case KernelDpoMethod():
-            return method.kernel_dpo.hyperparameters.train_spec()
-        case _:
-            assert_never(method)
 
 
 class _FineTune:
@@ -130,7 +117,7 @@ class _FineTune:
         self._context.phase(Phase.TRAINING)
         trained = self._train(plan, "train")
         baseline = self._train_baseline(plan)
-        evidence = self._evaluate(plan, baseline)
+        evidence = self._evaluate(plan, trained, baseline)
         result = self._save(
             plan, trained, baseline, evidence, recommendation_id=recommendation_id, search=summary
         )
@@ -179,6 +166,7 @@ class _FineTune:
             abort_unless_complete(outcome, scope=scope)
         trained = Trained(
             steps=outcome.steps,
+            best_step=outcome.best_step,
             pairs_seen=outcome.pairs_seen,
             seconds=outcome.seconds,
             mixture_weights=outcome.mixture_weights,
@@ -199,12 +187,14 @@ class _FineTune:
                 result["same_as"] = "train"
         return None
 
-    def _restore(self, plan: Plan, scope: str) -> None:
+    def _restore(self, plan: Plan, scope: str, *, leave: Leave = "best") -> RunOutcome:
         """Put a trained run's weights back; trains again what a damaged disk has lost."""
-        outcome = self._bench.train(plan.request(scope), span=self._spans["evaluate"])
+        span = self._spans["evaluate"]
+        outcome = self._bench.train(plan.request(scope), span=span, leave=leave)
         abort_unless_complete(outcome, scope=scope)
+        return outcome
 
-    def _evaluate(self, plan: Plan, baseline: Trained | None) -> Evidence:
+    def _evaluate(self, plan: Plan, trained: Trained, baseline: Trained | None) -> Evidence:
         context = self._context
         done = context.step_result("evaluate")
         if done is not None:
@@ -212,20 +202,21 @@ class _FineTune:
         context.phase(Phase.EVALUATING)
         span = self._spans["evaluate"]
         with context.step("evaluate") as result:
-            run, run_temperature = self._measure(plan, "train", span=span.part(0, 3))
+            run, run_temperature = self._measure(plan, "train", span=span.part(0, 4))
             _refuse_non_finite(run)
             # Now, while the policy holds the run's weights.
             tails = heavy_tails(
-                self._bench.policy, progress=Reporter(context, "layers", span.part(1, 3))
+                self._bench.policy, progress=Reporter(context, "layers", span.part(1, 4))
             )
             ours = evaluation(run, temperature=run_temperature)
+            last = self._measure_last(plan, trained, span=span.part(2, 4))
             checkpoint_id = new_id(IdPrefix.CHECKPOINT)
             theirs: Evaluation | None = ours
             baseline_id: str | None = checkpoint_id
             comparison = same_objective()
             if baseline is not None:
                 theirs, comparison = self._compare(
-                    plan, baseline, (run, run_temperature), span=span.part(2, 3)
+                    plan, baseline, (run, run_temperature), span=span.part(3, 4)
                 )
                 baseline_id = None if theirs is None else new_id(IdPrefix.CHECKPOINT)
             evidence = Evidence(
@@ -240,13 +231,24 @@ class _FineTune:
                 heavy_tails=tails,
                 checkpoint_id=checkpoint_id,
                 baseline_checkpoint_id=baseline_id,
+                last=last,
+                last_checkpoint_id=None if last is None else new_id(IdPrefix.CHECKPOINT),
             )
             result |= evidence.model_dump(mode="json")
         return evidence
 
-    def _measure(self, plan: Plan, scope: str, *, span: Span) -> tuple[Measured, float]:
+    def _measure_last(self, plan: Plan, trained: Trained, *, span: Span) -> Evaluation | None:
+        """Evaluate the run's last weights where others are published."""
+        if trained.published_step == trained.steps:
+            return None
+        last, temperature = self._measure(plan, "train", span=span, leave="last")
+        return evaluation(last, temperature=temperature) if last.is_finite else None
+
+    def _measure(
+        self, plan: Plan, scope: str, *, span: Span, leave: Leave = "best"
+    ) -> tuple[Measured, float]:
         """Measure a trained run on test, with the temperature that validation gives it."""
-        self._restore(plan, scope)
+        self._restore(plan, scope, leave=leave)
         margins = self._bench.measure(Split.VALIDATION, span=span.part(0, 2)).margins
         return self._bench.measure(Split.TEST, span=span.part(1, 2)), fit_temperature(margins)
 
@@ -287,27 +289,35 @@ class _FineTune:
             return done
         context.phase(Phase.SAVING)
         with context.step("save") as saved:
-            ours = run_summary(plan.winner, trained, evidence.run, evidence.checkpoint_id)
-            theirs: RunSummary | None = ours
+            theirs: RunSummary | None = None
             if baseline is not None:
                 theirs = self._publish_baseline(plan, baseline, evidence, recommendation_id)
-            self._publish(
-                plan,
-                "train",
-                trained,
-                evidence.run,
-                evidence,
-                evidence.checkpoint_id,
-                recommendation_id,
+            last = self._publish_last(plan, trained, evidence, recommendation_id)
+            outcome = self._restore(plan, "train")
+            publish_run(
+                bench,
+                Publication(
+                    label="final",
+                    request=plan.request("train"),
+                    checkpoint_id=evidence.checkpoint_id,
+                    step=trained.published_step,
+                    measured=evidence.run,
+                    comparison=evidence.comparison,
+                    mixture_weights=outcome.mixture_weights,
+                    recommendation=recommendation_id,
+                    heavy_tails=evidence.heavy_tails,
+                ),
             )
             samples = generate_samples(
                 bench.policy, bench.rows[Split.TEST], max_length=bench.max_length
             )
+            ours = run_summary(plan.winner, trained, evidence.run, evidence.checkpoint_id)
             result = TrainingResult(
                 recommendation_id=recommendation_id,
                 search=search,
                 run=ours,
-                baseline=theirs,
+                baseline=theirs if baseline is not None else ours,
+                last=last,
                 comparison=evidence.comparison,
                 samples=samples,
                 heavy_tails=evidence.heavy_tails,
@@ -321,62 +331,47 @@ class _FineTune:
         self, plan: Plan, baseline: Trained, evidence: Evidence, recommendation_id: str | None
     ) -> RunSummary | None:
         """Publish plain DPO beside the run, unless it diverged."""
-        if evidence.baseline is None or evidence.baseline_checkpoint_id is None:
-            return None
         measured, checkpoint_id = evidence.baseline, evidence.baseline_checkpoint_id
-        self._publish(
-            plan, "baseline", baseline, measured, evidence, checkpoint_id, recommendation_id
+        if measured is None or checkpoint_id is None:
+            return None
+        outcome = self._restore(plan, "baseline")
+        publish_run(
+            self._bench,
+            Publication(
+                label="baseline",
+                request=plan.request("baseline"),
+                checkpoint_id=checkpoint_id,
+                step=baseline.published_step,
+                measured=measured,
+                comparison=same_objective(),
+                mixture_weights=outcome.mixture_weights,
+                recommendation=recommendation_id,
+            ),
         )
         return run_summary(plan.baseline, baseline, measured, checkpoint_id)
 
-    def _publish(
-        self,
-        plan: Plan,
-        scope: str,
-        trained: Trained,
-        measured: Evaluation,
-        evidence: Evidence,
-        checkpoint_id: str,
-        recommendation_id: str | None,
-    ) -> None:
-        """Export a run's adapter and make it visible; doing it again changes nothing."""
-        context, bench = self._context, self._bench
-        self._restore(plan, scope)
-        is_final = scope == "train"
-        label = "final" if is_final else "baseline"
-        candidate = plan.winner if is_final else plan.baseline
-        sealed = export_adapter(
-            bench.policy,
-            context.attempt_dir / "checkpoints" / label,
-            token=f"{context.fence.attempt}-{label}",
-            facts=CardFacts(
-                label=label,
-                base=bench.model,
-                objective=candidate.objective,
-                training={**bench.plan(plan.request(scope)).as_dict(), "lora": self._lora()},
-                model_sha256=bench.hashes["model_sha256"],
-                tokenizer_sha256=bench.hashes["tokenizer_sha256"],
-                dataset_sha256=bench.hashes["dataset_sha256"],
-                seed=bench.seed,
-                evaluation=measured,
-                comparison=evidence.comparison if is_final else same_objective(),
+    def _publish_last(
+        self, plan: Plan, trained: Trained, evidence: Evidence, recommendation_id: str | None
+    ) -> RunSummary | None:
+        """Publish the run's last weights too, where earlier ones are its result."""
+        measured, checkpoint_id = evidence.last, evidence.last_checkpoint_id
+        if measured is None or checkpoint_id is None:
+            return None
+        outcome = self._restore(plan, "train", leave="last")
+        publish_run(
+            self._bench,
+            Publication(
+                label="last",
+                request=plan.request("train"),
+                checkpoint_id=checkpoint_id,
+                step=trained.steps,
+                measured=measured,
+                comparison=evidence.comparison,
+                mixture_weights=outcome.mixture_weights,
                 recommendation=recommendation_id,
-                mixture_weights=trained.mixture_weights,
-                heavy_tails=evidence.heavy_tails if is_final else None,
             ),
         )
-        publish_folder(
-            context,
-            sealed,
-            checkpoint_id=checkpoint_id,
-            kind="adapter",
-            label=label,
-            step=trained.steps,
-            metrics=measured.model_dump(mode="json"),
-        )
-
-    def _lora(self) -> dict[str, Any]:
-        return self._bench.spec.lora.model_dump(mode="json")
+        return run_summary(plan.winner, trained, measured, checkpoint_id, step=trained.steps)
 
     def _bundle(self) -> dict[str, str]:
         bench = self._bench

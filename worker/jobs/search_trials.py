@@ -34,8 +34,9 @@ from selection.search import (
 from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.ingest.files import atomic_writer, full_disk_as_error
+from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import Span
-from worker.jobs.workbench import RunRequest, Workbench
+from worker.jobs.workbench import Workbench
 from worker.training.evaluate import (
     Floats,
     Ints,

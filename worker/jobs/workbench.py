@@ -1,39 +1,40 @@
 """What every job with a model works on: the resident model, the tokenised splits, the reference."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, assert_never
-
-from pydantic import TypeAdapter
 
 from core.errors import FailureCode, RunAborted
 from core.hub import fetch
-from core.lifecycle import EndedBy, JobKind, Phase
-from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
+from core.lifecycle import Phase
 from core.modelref import ModelRef
 from core.run_spec import TrainSpec
 from core.spec import (
-    MixtureKernelSpec,
     ObjectiveSpec,
     PenaltyTerm,
 )
 from models.dataset import Dataset
-from models.job import Job
 from models.repositories.datasets import DatasetRepository
-from objectives import Geometry, PairEmbeddings, build_objective, fit_geometry
+from objectives import (
+    Geometry,
+    HybridObjective,
+    PairEmbeddings,
+    build_objective,
+    fit_geometry,
+)
 from worker.context import JobContext
 from worker.ingest.canonical import CanonicalRow, Split, read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME
+from worker.jobs.runs import RunRequest, splits_with_states, weights_learning_rate
 from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
 from worker.training.checkpoint import Identity
 from worker.training.encoder import encode_rows
-from worker.training.evaluate import Measured, measure
+from worker.training.evaluate import Measured, TrialScore, measure, trial_score
 from worker.training.export import versions
 from worker.training.folders import file_sha256
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.reference import (
+    Progress,
     ReferenceTable,
     model_sha256,
     reference_key,
@@ -41,26 +42,15 @@ from worker.training.reference import (
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
-from worker.training.run import RunOutcome
+from worker.training.run import RunOutcome, TrainingRun
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
+from worker.training.trainer import Leave, Validate, check_trackers, train_final
 
-_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
 _PASSES_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """One training run: what is optimised, for how long, under which name."""
-
-    scope: str
-    objective: ObjectiveSpec
-    learning_rate: float
-    n_epochs: float | None = None
-    schedule: Literal["linear", "constant"] | None = None
 
 
 class Workbench:
@@ -91,7 +81,7 @@ class Workbench:
         self.rows: dict[Split, list[CanonicalRow]] = {}
         self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
         self.warnings: list[str] = []
-        self._with_states = _splits_with_states(context.job)
+        self._with_states = splits_with_states(context.job)
         self._store = ReferenceStore(
             context.settings.reference_dir,
             max_bytes=context.settings.training.reference_store_bytes,
@@ -152,6 +142,7 @@ class Workbench:
             learning_rate=request.learning_rate,
             n_epochs=request.n_epochs,
             schedule=request.schedule,
+            watched=request.is_final,
         )
 
     @property
@@ -166,31 +157,60 @@ class Workbench:
         """Where the run keeps its resume points."""
         return ScopeStore(self.context, scope=request.scope, identity=self._identity(request))
 
-    def train(self, request: RunRequest, *, span: Span) -> RunOutcome:
-        """Train, or go on with, or just restore a run; the policy is left with its weights."""
+    def train(self, request: RunRequest, *, span: Span, leave: Leave = "best") -> RunOutcome:
+        """Train, or go on with, or just restore a run; the policy is left with its weights.
+
+        Final runs are left with the weights that were the best on validation, or with the last.
+        """
         passes = Span(span.start, span.at(_PASSES_SHARE))
-        table = self.reference(passes.part(0, 3))
-        frozen, geometry = self._kernel_inputs(request.objective, passes.part(1, 3))
-        objective = build_objective(
-            request.objective, geometry=geometry, head=self.policy.head.weight
-        )
-        return train(
-            self.policy,
-            objective,
-            TrainingData(
-                pairs=self.pairs[Split.TRAIN],
-                chosen_log_prob=table.chosen_log_prob,
-                rejected_log_prob=table.rejected_log_prob,
-                frozen_embeddings=frozen,
-                reference_states=self.reference_states(Split.TRAIN, passes.part(2, 3))
-                if isinstance(request.objective.divergence_term, PenaltyTerm)
-                else None,
-            ),
-            plan=self.plan(request),
-            weights_learning_rate=_weights_learning_rate(request.objective),
-            hooks=ScopeHooks(self.context, request.scope, Span(passes.end, span.end)),
+        hooks = ScopeHooks(self.context, request.scope, Span(passes.end, span.end))
+        plan, rate = self.plan(request), weights_learning_rate(request.objective)
+        objective, data = self._inputs(request.objective, passes)
+        if not request.is_final:
+            return train(
+                self.policy,
+                objective,
+                data,
+                plan=plan,
+                weights_learning_rate=rate,
+                hooks=hooks,
+                store=self.store(request),
+            )
+        validate = None
+        if plan.eval_steps is not None:
+            validate = self._validation(self.reference_states(Split.VALIDATION, passes))
+        return train_final(
+            TrainingRun(self.policy, objective, data, plan=plan, weights_learning_rate=rate),
+            hooks=hooks,
+            folder=self.context.attempt_dir / "trainer" / request.scope,
             store=self.store(request),
+            validate=validate,
+            trackers=self.context.settings.training.trackers,
+            leave=leave,
         )
+
+    def _inputs(self, spec: ObjectiveSpec, passes: Span) -> tuple[HybridObjective, TrainingData]:
+        table = self.reference(passes.part(0, 3))
+        frozen, geometry = self._kernel_inputs(spec, passes.part(1, 3))
+        head = self.policy.reference_head or self.policy.head
+        data = TrainingData(
+            pairs=self.pairs[Split.TRAIN],
+            chosen_log_prob=table.chosen_log_prob,
+            rejected_log_prob=table.rejected_log_prob,
+            frozen_embeddings=frozen,
+            reference_states=self.reference_states(Split.TRAIN, passes.part(2, 3))
+            if isinstance(spec.divergence_term, PenaltyTerm)
+            else None,
+        )
+        return build_objective(spec, geometry=geometry, head=head.weight), data
+
+    def _validation(self, states: ReferenceStates | None) -> Validate:
+        pairs = self.pairs[Split.VALIDATION]
+
+        def validate(progress: Progress) -> TrialScore:
+            return trial_score(measure(self.policy, pairs, reference=states, progress=progress))
+
+        return validate
 
     def measure(self, split: Split, *, span: Span) -> Measured:
         """Measure the policy as it is on a split."""
@@ -234,7 +254,9 @@ class Workbench:
             "reference": self.reference_key,
             "objective": request.objective.model_dump_json(),
             **{f"plan.{name}": value for name, value in self.plan(request).as_dict().items()},
-            "lora": self.spec.lora.model_dump_json(),
+            "adaptation": self.spec.adaptation,
+            "lora": None if self.policy.is_full else self.spec.lora.model_dump_json(),
+            "gradient_checkpointing": self.spec.gradient_checkpointing,
             "encoder": None if self._encoder is None else self._encoder.model_dump_json(),
             "reference_states_bytes": self.context.settings.training.reference_states_bytes,
             "threads": self.threads,
@@ -269,34 +291,6 @@ class Workbench:
         return self._encodings
 
 
-def _weights_learning_rate(objective: ObjectiveSpec) -> float:
-    term = objective.kernel_term
-    if term is None or not isinstance(term.kernel, MixtureKernelSpec):
-        return 0.0
-    return term.kernel.weights_learning_rate
-
-
-def _splits_with_states(job: Job) -> frozenset[Split]:
-    """Splits on which a job uses the reference's hidden states, so that one pass gives all.
-
-    Drift is measured on held-out pairs; penalties are for training, and `auto` may try any.
-    """
-    if job.kind is not JobKind.TRAINING:
-        return frozenset()
-    measured = frozenset({Split.VALIDATION, Split.TEST})
-    method = _METHOD.validate_python(job.spec["method"])
-    match method:
-        case AutoMethod():
-            return measured | {Split.TRAIN}
-        case DpoMethod():
-            return measured
-        case KernelDpoMethod():
-            term = method.kernel_dpo.objective().divergence_term
-            return measured | {Split.TRAIN} if isinstance(term, PenaltyTerm) else measured
-        case _:
-            assert_never(method)
-
-
 def canonical_path(context: JobContext, dataset: Dataset) -> Path:
     """Where ingest has put the dataset's canonical rows."""
     return context.settings.artifact_dir / "datasets" / dataset.id / CANONICAL_NAME
@@ -317,6 +311,7 @@ def open_workbench(
         Unavailable: the hub does not answer.
     """
     threads = apply_threads(context.settings.training)
+    check_trackers(context.settings.training.trackers)
     model = ModelRef.model_validate(context.job.spec["model"])
     with context.database.reading() as session:
         dataset = DatasetRepository(session).load(str(context.job.dataset_id))
@@ -325,7 +320,13 @@ def open_workbench(
         context.phase(Phase.DOWNLOADING_MODEL)
     folder = fetch(model, context.settings)
     context.raise_if_stopped()
-    policy = load_policy(folder, lora=spec.lora, device=resolve_device(context.settings.training))
+    policy = load_policy(
+        folder,
+        lora=spec.lora,
+        device=resolve_device(context.settings.training),
+        options=spec,
+        choices=context.settings.attention_dir,
+    )
     bench = Workbench(
         context,
         policy=policy,
@@ -339,26 +340,6 @@ def open_workbench(
     for split in splits:
         bench.load_split(split)
     return bench
-
-
-def abort_unless_complete(outcome: RunOutcome, *, scope: str) -> None:
-    """Raise what ended a run that a job cannot do without.
-
-    Raises:
-        RunAborted: the run met NaN or ran out of memory.
-    """
-    if outcome.ended_by is EndedBy.OOM:
-        raise RunAborted(
-            f"run `{scope}`: {outcome.message}",
-            failure=FailureCode.OUT_OF_MEMORY,
-            hint="lower batch_size or max_length, or take a smaller model",
-        )
-    if outcome.ended_by is not EndedBy.BUDGET:
-        raise RunAborted(
-            f"run `{scope}`: {outcome.message}",
-            failure=FailureCode.LOSS_NAN,
-            hint="lower the learning rate, or look at the pairs that are named",
-        )
 
 
 def _check_canonical(path: Path, dataset: Dataset) -> None:

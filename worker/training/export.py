@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from core.errors import FailureCode, RunAborted
@@ -25,6 +25,10 @@ MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 TRAINING_CONFIG = "training_config.json"
 _ADAPTER_IS = "A LoRA adapter trained on preference pairs by kdpo (DPO-Kernels, arXiv 2501.03271)."
+_FULL_IS = (
+    "Full weights, all of them trained on preference pairs by kdpo (DPO-Kernels, arXiv 2501.03271) "
+    "in float32 and stored as {precision}. The numbers below were measured before that rounding."
+)
 _ADAPTER_USE = (
     "from peft import AutoPeftModelForCausalLM",
     "from transformers import AutoTokenizer",
@@ -81,6 +85,7 @@ def export_adapter(policy: Policy, final: Path, *, token: str, facts: CardFacts)
     }
 
     def write(folder: Path) -> None:
+        assert isinstance(policy.model, PeftModel)
         config = policy.model.peft_config["default"]
         assert isinstance(config, LoraConfig)
         assert config.target_modules is not None
@@ -96,6 +101,51 @@ def export_adapter(policy: Policy, final: Path, *, token: str, facts: CardFacts)
     return seal_folder(final, token=token, manifest_name=MANIFEST, about=about, write=write)
 
 
+def export_full(policy: Policy, final: Path, *, token: str, facts: CardFacts) -> SealedFolder:
+    """Write the weights of a full fine-tuning, tokenizer, card and sums to `final`.
+
+    They are rounded once, from float32 to the base's own precision.
+
+    Raises:
+        RunAborted: a weight is not finite (`loss_nan`); such a model is never published.
+        StorageFull: the disk has no room.
+    """
+    assert policy.base is not None
+    trained = policy.adapter()
+    _refuse_non_finite(trained)
+    # A fresh copy: the policy keeps its precision, and the configuration is as the base has it.
+    model = load_base(policy.base.folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(trained[name])
+    nn.Module.to(model, _own_dtype(policy.base.folder))
+    precision = str(model.dtype).removeprefix("torch.")
+    about = {
+        "format": "kdpo-checkpoint-1",
+        "kind": "full",
+        "label": facts.label,
+        **_sources(facts),
+        "seed": facts.seed,
+        "versions": versions(),
+    }
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        write_json(folder / TRAINING_CONFIG, _training_config(facts))
+        full_is = _FULL_IS.format(precision=precision)
+        (folder / "README.md").write_text(_as_full_model(_card(facts), full_is), encoding="utf-8")
+        _write_sums(folder)
+
+    return seal_folder(final, token=token, manifest_name=MANIFEST, about=about, write=write)
+
+
+def _own_dtype(base_folder: Path) -> torch.dtype:
+    """The precision in which a base is stored."""
+    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False, local_files_only=True)
+    return config.dtype or torch.float32
+
+
 def export_merged(
     base_folder: Path, adapter_folder: Path, final: Path, *, token: str, about: dict[str, Any]
 ) -> SealedFolder:
@@ -107,13 +157,10 @@ def export_merged(
         RunAborted: the base cannot be loaded, or a weight is not finite.
         StorageFull: the disk has no room.
     """
-    own_dtype = AutoConfig.from_pretrained(
-        base_folder, trust_remote_code=False, local_files_only=True
-    ).dtype
     base = load_base(base_folder, dtype=torch.float32)
     with peft_warnings_off():
         merged = PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()
-    merged.to(own_dtype or torch.float32)
+    merged.to(_own_dtype(base_folder))
     _refuse_non_finite(dict(merged.named_parameters()))
     tokenizer = load_tokenizer(adapter_folder)
 
@@ -189,7 +236,7 @@ def _card(facts: CardFacts) -> str:
         f"base_model: {base_name(facts.base)}",
         "library_name: peft",
         "pipeline_tag: text-generation",
-        "tags: [kdpo, dpo, lora, preference-alignment]",
+        f"tags: [kdpo, dpo, {'lora, ' if 'lora' in facts.training else ''}preference-alignment]",
         "---",
         f"# {facts.base.name}, aligned with {objective.label}",
         "",
@@ -255,10 +302,15 @@ def _merged_card(adapter_card: str, *, precision: str) -> str:
         f"2501.03271), merged into its base in float32 and stored as {precision}. The numbers "
         "below were measured with the adapter before merging."
     )
+    return _as_full_model(adapter_card, merged_is)
+
+
+def _as_full_model(adapter_card: str, what_it_is: str) -> str:
+    """Turn the card of an adapter into that of a model with weights of its own."""
     card = adapter_card
     for old, new in (
         ("library_name: peft", "library_name: transformers"),
-        (_ADAPTER_IS, merged_is),
+        (_ADAPTER_IS, what_it_is),
         ("\n".join(_ADAPTER_USE), "\n".join(_MERGED_USE)),
     ):
         assert old in card, "the adapter's card verifies, so it is as it was written"

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from worker.training.run import Ended, RunHooks, RunOutcome, TrainingRun, metric
 
 log = logging.getLogger("kdpo.training")
 
+Leave = Literal["best", "last"]
 Validate = Callable[[Progress], TrialScore]
 
 
@@ -45,12 +46,13 @@ def train_final(
     store: ResumeStore | None = None,
     validate: Validate | None = None,
     trackers: tuple[str, ...] = (),
+    leave: Leave = "best",
 ) -> RunOutcome:
     """Train to the plan's end, go on from a saved point, or just restore what had ended.
 
-    Where the plan scores the run on validation, the policy is left with the best weights, else
-    with the last. A non-finite loss or gradient, or a device out of memory, ends the run with
-    `ended_by` NAN or OOM and names step and pairs.
+    The policy is left with the best weights where the plan scores the run on validation, else (or
+    when asked to) with the last. A non-finite loss or gradient, or a device out of memory, ends
+    the run with `ended_by` NAN or OOM and names step and pairs.
 
     Raises:
         RunAborted: the start check fails: the policy does not begin as the reference (`internal`).
@@ -71,7 +73,7 @@ def train_final(
                 store.save(run.state(ended=True))
         except Ended as end:
             ended_by, message = end.ended_by, str(end)
-    if ended_by is EndedBy.BUDGET and run.watch.best:
+    if ended_by is EndedBy.BUDGET and run.watch.best and leave == "best":
         run.put(run.watch.best)
     return run.outcome(ended_by, message)
 

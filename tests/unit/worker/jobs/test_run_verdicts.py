@@ -3,8 +3,8 @@ import pytest
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy
 from worker.jobs.flags import is_displaced, is_diverging
+from worker.jobs.runs import abort_unless_complete
 from worker.jobs.scopes import Span
-from worker.jobs.workbench import abort_unless_complete
 from worker.training.run import RunOutcome
 
 
