@@ -193,6 +193,8 @@ class Supervisor:
 
     def _report(self, fence: Fence, process: RunnerProcess, ended: _Ended) -> None:
         outcome, log_tail = process.outcome(), process.log_tail()
+        if outcome is None and ended.exit_code == ExitCode.DISK_FULL:
+            outcome = self._no_room(fence, "how the attempt ended could not be written")
         _log.info(
             "job %s: attempt %d ended with code %d, %s",
             fence.job_id, fence.attempt, ended.exit_code,
@@ -239,10 +241,6 @@ class Supervisor:
     def _write_silent_end(
         self, jobs: JobRepository, fence: Fence, ended: _Ended, log_tail: list[str]
     ) -> None:
-        if ended.exit_code == ExitCode.DISK_FULL:
-            outcome = self._no_room(fence, "how the attempt ended could not be written")
-            self._pause(jobs, fence, outcome, exit_code=ended.exit_code, log_tail=log_tail)
-            return
         if ended.asked:
             self._requeue(jobs, fence, ended.exit_code)
             return

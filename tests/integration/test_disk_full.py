@@ -21,7 +21,7 @@ from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from tests.integration.training_world import TrainingWorld, make_world, micro_llama
-from tests.integration.workers import Stack, pairs, run_stack
+from tests.integration.workers import Stack, pairs, run_stack, wait_for
 from worker.jobs import fine_tune
 from worker.supervisor import Supervisor
 
@@ -130,6 +130,35 @@ def test_a_disk_without_a_single_byte_is_told_by_the_exit_code(stack: Stack) -> 
         drain(stack)
         assert stack.job(job_id).status is JobStatus.SUCCEEDED, stack.logs()
         stack.assert_one_story(job_id)
+
+
+def test_a_database_on_the_same_disk_is_written_as_soon_as_it_has_room(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    disk = tmp_path / "disk"
+    with small_disk(disk, 12 * MIB):
+        database = disk / "kdpo.db"
+        shutil.copy(sqlite_url.removeprefix("sqlite:///"), database)
+        with run_stack(disk, database=f"sqlite:///{database}", broker=None) as stack:
+            for name, value in stack.environment.items():
+                monkeypatch.setenv(name, value)
+            job_id = stack.submit(pairs(12_000))
+            filler = disk / "filler"
+            room = os.statvfs(disk)
+            filler.write_bytes(bytes(room.f_bavail * room.f_bsize - 40_000))
+            working = threading.Thread(target=drain, args=(stack,))
+            working.start()
+            wait_for("a database without room", lambda: "its end waits" in caplog.text)
+            assert stack.job(job_id).status is JobStatus.RUNNING
+            filler.unlink()
+            working.join()
+            assert_paused(stack.job(job_id), stack.outcomes(job_id))
+            assert stack.events(job_id)[-1].data["free_bytes"] < MIB, "as it was, not as it is"
+            resume(stack, job_id)
+            drain(stack)
+            assert stack.job(job_id).status is JobStatus.SUCCEEDED, stack.logs()
+            stack.assert_one_story(job_id)
 
 
 # ------------------------------------------------------------------ training
