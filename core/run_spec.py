@@ -4,8 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from core.layout_names import LayoutName
 from core.spec import ObjectiveSpec, SpecModel
 
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 AutoFloat = Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"]
 
 
@@ -113,12 +115,66 @@ class SplitPolicy(SpecModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class DatasetPolicy(SpecModel):
+class ComparisonPolicy(SpecModel):
+    """Which answers are compared and which comparisons are kept.
+
+    What is not set is left to the layout; what is set and would be ignored by it is refused.
+    """
+
+    on_tie: Literal["drop", "keep_half", "both"] | None = Field(
+        default=None,
+        description="comparisons without a winner: left out (the default), or kept in both orders "
+        "with weight 0.5 or 1 each",
+    )
+    pairing: Literal["best_worst", "adjacent", "all", "random"] | None = Field(
+        default=None,
+        description="which answers to a prompt are compared where rows are not pairs: the best and "
+        "the worst (the default), each and the next, all, or `max_pairs_per_prompt` (1) by lot",
+    )
+    max_pairs_per_prompt: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="those with the largest margins are kept, equal ones by lot",
+    )
+    min_margin: float | None = Field(
+        default=None, gt=0.0, description="leave out pairs with a smaller margin, or without one"
+    )
+    target: Literal["better", "safer"] | None = Field(
+        default=None, description="which verdict of PKU-SafeRLHF counts; default: better"
+    )
+
+    @model_validator(mode="after")
+    def _ties_have_no_margin(self) -> Self:
+        if self.min_margin is not None and self.on_tie not in (None, "drop"):
+            raise ValueError(
+                f"min_margin leaves out all ties and on_tie is `{self.on_tie}`: drop one of the two"
+            )
+        return self
+
+
+class DatasetPolicy(ComparisonPolicy):
     """How rows become pairs."""
 
+    layout: LayoutName | None = Field(
+        default=None, description="what the rows are; detected when not set"
+    )
+    column_mapping: dict[ColumnName, ColumnName] = Field(
+        default={},
+        max_length=50,
+        description="from a field of the layout to the column of the file that has it",
+    )
     on_invalid: Literal["fail", "skip"] = "skip"
     max_invalid_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
     split: SplitPolicy = SplitPolicy()
+
+    @model_validator(mode="after")
+    def _each_column_once(self) -> Self:
+        columns = list(self.column_mapping.values())
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise ValueError(f"column_mapping takes {', '.join(twice)} for more than one field")
+        return self
 
     @model_validator(mode="after")
     def _skip_only(self) -> Self:

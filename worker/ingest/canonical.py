@@ -39,12 +39,37 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What a layout reads from one row; `ignored` names fields of the row that were not used."""
+    """Two answers to a prompt; of a tie the order of the two says nothing.
+
+    `ignored` names fields of the row that were not used.
+    """
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     margin: float | None
+    source: str
+    meta: JsonObject
+    ignored: tuple[str, ...] = ()
+    tie: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer; a higher score is better, in units of the source. `line` is its row's."""
+
+    messages: tuple[Message, ...]
+    score: float
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Scored answers to one prompt: all of them, or those of one row of a group."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[Answer, ...]
     source: str
     meta: JsonObject
     ignored: tuple[str, ...] = ()
@@ -79,7 +104,7 @@ def digest(*parts: tuple[Message, ...]) -> bytes:
 
 
 def canonical_row(pair: Pair, *, line: int, split: Split) -> CanonicalRow:
-    """Return the canonical row of a pair, weight 1."""
+    """Return the canonical row of a pair."""
     return CanonicalRow(
         id=digest(pair.prompt, pair.chosen, pair.rejected).hex()[:32],
         line=line,
@@ -87,7 +112,7 @@ def canonical_row(pair: Pair, *, line: int, split: Split) -> CanonicalRow:
         chosen=pair.chosen,
         rejected=pair.rejected,
         margin=pair.margin,
-        weight=1.0,
+        weight=pair.weight,
         group_id=digest(pair.prompt).hex(),
         source=pair.source,
         meta=pair.meta,
@@ -110,13 +135,14 @@ def from_line(line: bytes) -> CanonicalRow:
     return CanonicalRow(
         **{
             **data,
-            **{name: _messages(data[name]) for name in ("prompt", "chosen", "rejected")},
+            **{name: messages_from(data[name]) for name in ("prompt", "chosen", "rejected")},
             "split": Split(data["split"]),
         }
     )
 
 
-def _messages(data: list[dict[str, str]]) -> tuple[Message, ...]:
+def messages_from(data: list[dict[str, str]]) -> tuple[Message, ...]:
+    """Return the turns that were written as JSON."""
     return tuple(Message(Role(item["role"]), item["content"]) for item in data)
 
 

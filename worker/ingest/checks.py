@@ -4,53 +4,99 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from worker.ingest.canonical import Message, Role
-from worker.ingest.faults import RowCode, RowFault
+from worker.ingest.faults import RowCode, RowFault, escape_pointer
 from worker.ingest.rows import JsonObject, JsonValue, kind
 
 SAME_SIDES = "`chosen` and `rejected` are the same"
 _ROLES = frozenset(Role)
 
 
-def text_field(row: JsonObject, name: str) -> str:
-    """Return a text that is not blank."""
-    value = _present(row, name)
+def text_field(row: JsonObject, name: str, at: str = "") -> str:
+    """Return a text that is not blank; `at` is the pointer of an object inside the row."""
+    value = present(row, name, at)
     if not isinstance(value, str):
-        raise RowFault(
-            RowCode.WRONG_TYPE,
-            f"`{name}` is of type {kind(value)}, expected string",
-            pointer=f"/{name}",
-        )
+        raise wrong_type(value, name, "string", at)
     if not value.strip():
-        raise RowFault(RowCode.EMPTY_TEXT, f"`{name}` is empty", pointer=f"/{name}")
+        raise RowFault(RowCode.EMPTY_TEXT, f"`{name}` is empty", pointer=f"{at}/{name}")
     return value
 
 
-def messages_field(row: JsonObject, name: str) -> tuple[Message, ...]:
-    """Return a list of turns; their order is checked by `check_prompt` and `check_completion`."""
-    value = _present(row, name)
+def object_field(row: JsonObject, name: str, at: str = "") -> JsonObject:
+    """Return an object."""
+    value = present(row, name, at)
+    if not isinstance(value, dict):
+        raise wrong_type(value, name, "object", at)
+    return value
+
+
+def list_field(row: JsonObject, name: str, at: str = "") -> list[JsonValue]:
+    """Return a list that is not empty."""
+    value = present(row, name, at)
     if not isinstance(value, list):
-        raise RowFault(
-            RowCode.WRONG_TYPE,
-            f"`{name}` is of type {kind(value)}, expected a list of messages",
-            pointer=f"/{name}",
-        )
+        raise wrong_type(value, name, "list", at)
     if not value:
-        raise RowFault(RowCode.EMPTY_TEXT, f"`{name}` has no messages", pointer=f"/{name}")
-    return tuple(_message(item, f"/{name}/{index}") for index, item in enumerate(value))
+        raise RowFault(RowCode.EMPTY_TEXT, f"`{name}` is an empty list", pointer=f"{at}/{name}")
+    return value
 
 
-def optional_number(row: JsonObject, name: str) -> float | None:
+def objects_field(row: JsonObject, name: str, at: str = "") -> list[JsonObject]:
+    """Return a list of objects that is not empty."""
+    found = []
+    for index, item in enumerate(list_field(row, name, at)):
+        if not isinstance(item, dict):
+            raise wrong_type(item, str(index), "object", f"{at}/{name}")
+        found.append(item)
+    return found
+
+
+def messages_field(row: JsonObject, name: str, at: str = "") -> tuple[Message, ...]:
+    """Return a list of turns; their order is checked by `check_prompt` and `check_completion`."""
+    value = present(row, name, at)
+    if not isinstance(value, list):
+        raise wrong_type(value, name, "a list of messages", at)
+    if not value:
+        raise RowFault(RowCode.EMPTY_TEXT, f"`{name}` has no messages", pointer=f"{at}/{name}")
+    return tuple(message_of(item, f"{at}/{name}/{index}") for index, item in enumerate(value))
+
+
+def number_field(row: JsonObject, name: str, at: str = "") -> float:
+    """Return a number."""
+    present(row, name, at)
+    value = optional_number(row, name, at)
+    assert value is not None
+    return value
+
+
+def optional_number(row: JsonObject, name: str, at: str = "") -> float | None:
     """Return a number, or None where there is none."""
     value = row.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowFault(
-            RowCode.WRONG_TYPE,
-            f"`{name}` is of type {kind(value)}, expected number",
-            pointer=f"/{name}",
-        )
+        raise wrong_type(value, name, "number", at)
     return float(value)
+
+
+def one_of(row: JsonObject, name: str, allowed: tuple[JsonValue, ...], at: str = "") -> JsonValue:
+    """Return a value that must be one of a few; true and false are no numbers."""
+    value = present(row, name, at)
+    for known in allowed:
+        if value == known and isinstance(value, bool) == isinstance(known, bool):
+            return value
+    raise RowFault(
+        RowCode.UNKNOWN_VALUE,
+        f"`{name}` is not one of {', '.join(map(repr, allowed))}",
+        pointer=f"{at}/{name}",
+    )
+
+
+def wrong_type(value: JsonValue, name: str, expected: str, at: str = "") -> RowFault:
+    """Return the fault of a value that is not of the expected type."""
+    return RowFault(
+        RowCode.WRONG_TYPE,
+        f"`{name}` is of type {kind(value)}, expected {expected}",
+        pointer=f"{at}/{escape_pointer(name)}",
+    )
 
 
 def check_prompt(prompt: Sequence[Message], pointer: str) -> None:
@@ -115,15 +161,19 @@ def _check_order(turns: Sequence[Message], pointer: str) -> None:
             )
 
 
-def _present(row: JsonObject, name: str) -> JsonValue:
+def present(row: JsonObject, name: str, at: str = "") -> JsonValue:
+    """Return a value that must be there."""
     value = row.get(name)
     if value is None:
         state = "null" if name in row else "missing"
-        raise RowFault(RowCode.MISSING_FIELD, f"`{name}` is {state}", pointer=f"/{name}")
+        raise RowFault(
+            RowCode.MISSING_FIELD, f"`{name}` is {state}", pointer=f"{at}/{escape_pointer(name)}"
+        )
     return value
 
 
-def _message(item: JsonValue, pointer: str) -> Message:
+def message_of(item: JsonValue, pointer: str) -> Message:
+    """Return one `{"role", "content"}`; a content that is a list of texts is joined."""
     if not isinstance(item, dict):
         raise RowFault(
             RowCode.WRONG_TYPE,
@@ -139,10 +189,12 @@ def _message(item: JsonValue, pointer: str) -> Message:
             f"the role is not one of {', '.join(Role)}",
             pointer=f"{pointer}/role",
         )
+    if isinstance(content, list):
+        content = _joined(content)
     if item.get("tool_calls") or isinstance(content, list):
         raise RowFault(
             RowCode.UNSUPPORTED_CONTENT,
-            "the message has tool calls or a list of parts; only text is read",
+            "the message has tool calls or parts that are no text; only text is read",
             pointer=pointer,
         )
     if content is None:
@@ -160,3 +212,14 @@ def _message(item: JsonValue, pointer: str) -> Message:
             RowCode.EMPTY_TEXT, "the content of a message is empty", pointer=f"{pointer}/content"
         )
     return Message(Role(role), content)
+
+
+def _joined(parts: list[JsonValue]) -> str | list[JsonValue]:
+    """Return `[{"type": "text", "text": …}, …]` as one text, anything else as it is."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            return parts
+        texts.append(text)
+    return "".join(texts)

@@ -23,6 +23,7 @@ class RowCode(StrEnum):
     LAST_TURN_DIFFERS = "last_turn_differs"
     IDENTICAL_PAIR = "identical_pair"
     UNSUPPORTED_CONTENT = "unsupported_content"
+    UNKNOWN_VALUE = "unknown_value"
 
 
 HINTS: dict[RowCode, str] = {
@@ -38,7 +39,7 @@ HINTS: dict[RowCode, str] = {
     RowCode.DUPLICATE_KEY: "keep one of the two values; readers disagree on which one counts",
     RowCode.UNKNOWN_LAYOUT: (
         "give each row `prompt`, `chosen` and `rejected`, as texts or as lists of "
-        '{"role", "content"} messages'
+        '{"role", "content"} messages; or say with `column_mapping` which columns these are'
     ),
     RowCode.MISSING_FIELD: "add the field, drop these rows, or set on_invalid=skip",
     RowCode.WRONG_TYPE: "write the field as the type that is expected in this layout",
@@ -56,7 +57,8 @@ HINTS: dict[RowCode, str] = {
         "both sides must answer one conversation: they may differ only after its last user turn"
     ),
     RowCode.IDENTICAL_PAIR: "drop rows whose two sides are the same; they say nothing",
-    RowCode.UNSUPPORTED_CONTENT: "write the content as one text; tool calls and parts are not read",
+    RowCode.UNSUPPORTED_CONTENT: "write the content as text; tool calls and pictures are not read",
+    RowCode.UNKNOWN_VALUE: "write one of the values that this layout knows, or drop these rows",
 }
 
 

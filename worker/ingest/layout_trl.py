@@ -3,10 +3,19 @@
 import re
 from typing import ClassVar
 
+from core.layout_names import LayoutName
 from worker.ingest.canonical import Pair
 from worker.ingest.checks import SAME_SIDES, messages_field, text_field
 from worker.ingest.faults import RowCode, RowFault
-from worker.ingest.layout_common import assistant, build_pair, common_turns, user
+from worker.ingest.layout_common import (
+    Layout,
+    assistant,
+    build_pair,
+    has_texts,
+    split_common,
+    user,
+    without_prompt,
+)
 from worker.ingest.rows import JsonObject
 
 _EXPLICIT = ("prompt", "chosen", "rejected")
@@ -17,21 +26,21 @@ _ANSWER_MARK = re.compile(
 )
 
 
-def _all_of(row: JsonObject, names: tuple[str, ...], wanted: type) -> bool:
-    return all(isinstance(row.get(name), wanted) for name in names)
+def _has_lists(row: JsonObject, *names: str) -> bool:
+    return all(isinstance(row.get(name), list) for name in names)
 
 
-class StandardExplicit:
+class StandardExplicit(Layout):
     """`prompt`, `chosen` and `rejected` are texts, taken as they are."""
 
-    name: ClassVar[str] = "trl_standard"
-    fields: ClassVar[tuple[str, ...]] = _EXPLICIT
+    name = LayoutName.TRL_STANDARD
+    fields = _EXPLICIT
+    has_margin = True
     mapping: ClassVar[dict[str, str]] = {name: name for name in _EXPLICIT}
-    implicit_prompt: ClassVar[bool] = False
 
     def score(self, row: JsonObject) -> float:
-        """1 when all three are texts."""
-        return float(_all_of(row, _EXPLICIT, str))
+        """1 when all three are texts; less beside a `system` that would not be read."""
+        return (0.7 if row.get("system") else 1.0) if has_texts(row, *_EXPLICIT) else 0.0
 
     def convert(self, row: JsonObject) -> Pair:
         """One user turn, one assistant turn on each side."""
@@ -41,25 +50,26 @@ class StandardExplicit:
             chosen=assistant(text_field(row, "chosen")),
             rejected=assistant(text_field(row, "rejected")),
             used=_EXPLICIT,
-            layout=self.name,
+            layout=self,
         )
 
 
-class StandardImplicit:
+class StandardImplicit(Layout):
     """`chosen` and `rejected` are texts that both begin with the prompt."""
 
-    name: ClassVar[str] = "trl_standard_implicit"
-    fields: ClassVar[tuple[str, ...]] = _IMPLICIT
+    name = LayoutName.TRL_STANDARD_IMPLICIT
+    fields = _IMPLICIT
+    has_margin = True
     mapping: ClassVar[dict[str, str]] = {
         "prompt": "the common beginning of chosen and rejected",
         "chosen": "the rest of chosen",
         "rejected": "the rest of rejected",
     }
-    implicit_prompt: ClassVar[bool] = True
+    implicit_prompt = True
 
     def score(self, row: JsonObject) -> float:
         """0.8 when both are texts with a common beginning: it may be part of the answers."""
-        if row.get("prompt") is not None or not _all_of(row, _IMPLICIT, str):
+        if row.get("prompt") is not None or not has_texts(row, *_IMPLICIT):
             return 0.0
         chosen, rejected = str(row["chosen"]), str(row["rejected"])
         return 0.8 if split_point(chosen, rejected)[0] else 0.2
@@ -87,7 +97,7 @@ class StandardImplicit:
             chosen=assistant(chosen[start:].lstrip()),
             rejected=assistant(rejected[start:].lstrip()),
             used=_IMPLICIT,
-            layout=self.name,
+            layout=self,
         )
 
 
@@ -119,61 +129,59 @@ def _common_length(a: str, b: str) -> int:
     return low
 
 
-class ConversationalExplicit:
+class ConversationalExplicit(Layout):
     """`prompt`, `chosen` and `rejected` are lists of messages."""
 
-    name: ClassVar[str] = "trl_conversational"
-    fields: ClassVar[tuple[str, ...]] = _EXPLICIT
+    name = LayoutName.TRL_CONVERSATIONAL
+    fields = _EXPLICIT
+    has_margin = True
     mapping: ClassVar[dict[str, str]] = {name: name for name in _EXPLICIT}
-    implicit_prompt: ClassVar[bool] = False
 
     def score(self, row: JsonObject) -> float:
         """1 when all three are lists."""
-        return float(_all_of(row, _EXPLICIT, list))
+        return float(_has_lists(row, *_EXPLICIT))
 
     def convert(self, row: JsonObject) -> Pair:
         """As it is; a prompt that both sides repeat is taken off them."""
         prompt = messages_field(row, "prompt")
         chosen, rejected = messages_field(row, "chosen"), messages_field(row, "rejected")
-        if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return build_pair(
             row,
             prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
+            chosen=without_prompt(prompt, chosen),
+            rejected=without_prompt(prompt, rejected),
             used=_EXPLICIT,
-            layout=self.name,
+            layout=self,
         )
 
 
-class ConversationalImplicit:
+class ConversationalImplicit(Layout):
     """`chosen` and `rejected` are lists of messages that begin with the same turns."""
 
-    name: ClassVar[str] = "trl_conversational_implicit"
-    fields: ClassVar[tuple[str, ...]] = _IMPLICIT
+    name = LayoutName.TRL_CONVERSATIONAL_IMPLICIT
+    fields = _IMPLICIT
+    has_margin = True
     mapping: ClassVar[dict[str, str]] = {
         "prompt": "the common first messages of chosen and rejected",
         "chosen": "the other messages of chosen",
         "rejected": "the other messages of rejected",
     }
-    implicit_prompt: ClassVar[bool] = False
 
     def score(self, row: JsonObject) -> float:
-        """1 when both are lists and there is no prompt."""
-        return float(row.get("prompt") is None and _all_of(row, _IMPLICIT, list))
+        """1 when both are lists and there is no prompt; less where `messages` may be the prompt."""
+        if row.get("prompt") is not None or not _has_lists(row, *_IMPLICIT):
+            return 0.0
+        return 0.5 if isinstance(row.get("messages"), list) else 1.0
 
     def convert(self, row: JsonObject) -> Pair:
         """The common first messages are the prompt."""
         chosen, rejected = messages_field(row, "chosen"), messages_field(row, "rejected")
-        if chosen == rejected:
-            raise RowFault(RowCode.IDENTICAL_PAIR, SAME_SIDES)
-        same = common_turns(chosen, rejected)
+        prompt, sides = split_common(chosen, rejected)
         return build_pair(
             row,
-            prompt=chosen[:same],
-            chosen=chosen[same:],
-            rejected=rejected[same:],
+            prompt=prompt,
+            chosen=sides[0],
+            rejected=sides[1],
             used=_IMPLICIT,
-            layout=self.name,
+            layout=self,
         )

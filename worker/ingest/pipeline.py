@@ -1,16 +1,15 @@
 """From an uploaded file to canonical rows, rejected rows and a report.
 
-Two passes: the first parses, converts and checks each row and knows the prompts at its end; the
-second writes each pair with its split. Memory holds one line, and for each pair and each prompt a
-hash of 16 bytes in a set, which Python makes about 100 bytes.
+Two passes: the first parses, converts and checks each row and spools its pairs on disk; when all
+are known, the second writes each pair with its split. Memory holds one row, one byte for each pair,
+and a part of the hashes (`worker/ingest/spool.py`).
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, assert_never
 
 import orjson
 
@@ -18,14 +17,18 @@ from core.errors import ErrorDetail, InvalidInput, KdpoError, TooLarge, Unsuppor
 from core.lifecycle import DatasetStatus
 from core.run_spec import DatasetPolicy
 from core.settings import MIB, DataLimits
-from worker.ingest.canonical import Split, canonical_row, digest, from_line, to_line
+from worker.ingest.canonical import Answers, Pair, Split, canonical_row, to_line
+from worker.ingest.choice import choose
 from worker.ingest.containers import Line, LineReader
 from worker.ingest.faults import RowCode, RowFault
 from worker.ingest.files import atomic_writer, full_disk_as_error
-from worker.ingest.layouts import detect
+from worker.ingest.layout_common import Grouping
+from worker.ingest.pairing import Kept, keep, pairs_of
 from worker.ingest.report import Tally, build_report, status_of
 from worker.ingest.rows import JsonObject, parse_row
-from worker.ingest.split import SplitPlan, plan_split, rank
+from worker.ingest.split import SplitPlan, plan_by_place
+from worker.ingest.spool import AnswerSpool, Mark, PairSpool, joined
+from worker.ingest.verdict import verdict
 
 CANONICAL_NAME = "canonical.jsonl"
 REJECTED_NAME = "rejected.jsonl"
@@ -64,12 +67,14 @@ class _FirstPass:
     """The state of the first pass."""
 
     tally: Tally
-    seed: int
-    spool: BinaryIO
+    policy: DatasetPolicy
+    pairs: PairSpool
+    answers: AnswerSpool
     rejected: BinaryIO
-    seen: set[bytes] = field(default_factory=set)
-    ranks: set[bytes] = field(default_factory=set)
     waiting: list[_Parsed] = field(default_factory=list)
+    neighbours: list[Answers] = field(default_factory=list)
+    num_grouped: int = 0
+    num_grouped_used: int = 0
 
 
 def ingest(
@@ -92,27 +97,28 @@ def ingest(
     """
     tally = Tally(limits)
     reader = LineReader(source, limits=limits)
-    canonical_path = out_dir / CANONICAL_NAME
-    sha256: str | None = None
     with full_disk_as_error(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        canonical_path.unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir) as spool:
+        (out_dir / CANONICAL_NAME).unlink(missing_ok=True)
+        with (
+            PairSpool(
+                out_dir,
+                seed=policy.split.seed,
+                max_pairs_per_prompt=policy.max_pairs_per_prompt,
+            ) as pairs,
+            AnswerSpool(out_dir) as answers,
+        ):
             with atomic_writer(out_dir / REJECTED_NAME) as rejected:
-                state = _FirstPass(tally, policy.split.seed, spool, rejected)
+                state = _FirstPass(tally, policy, pairs, answers, rejected)
                 failure = _first_pass(reader, state, limits=limits, on_progress=on_progress)
-            tally.prompts = len(state.ranks)
-            failure = failure or _verdict(tally, policy=policy, limits=limits)
-            if failure is None:
-                plan = plan_split(state.ranks, policy.split)
-                spool.seek(0)
-                sha256 = _publish(
-                    spool,
-                    canonical_path,
-                    plan=plan,
-                    tally=tally,
-                    on_progress=lambda: on_progress(reader.total_bytes, reader.total_bytes),
-                )
+            failure = failure or verdict(tally, policy=policy, limits=limits)
+            sha256 = _publish(
+                pairs,
+                None if failure else out_dir / CANONICAL_NAME,
+                policy=policy,
+                tally=tally,
+                on_progress=lambda: on_progress(reader.total_bytes, reader.total_bytes),
+            )
     unread = isinstance(failure, UnsupportedMedia)
     return IngestResult(
         status=status_of(tally, failure),
@@ -142,11 +148,21 @@ def _first_pass(
     except (InvalidInput, TooLarge, UnsupportedMedia) as error:
         # The traceback would keep the state of the pass alive with the result.
         failure = error.with_traceback(None)
-    _handle_waiting(state)
+    failure = _finished(state, failure)
     if failure is not None:
         state.tally.stopped_early = True
         summary = ErrorDetail(code=failure.code, detail=failure.message, hint=failure.hint)
         failure.errors = (summary, *state.tally.details())
+    return failure
+
+
+def _finished(state: _FirstPass, failure: KdpoError | None) -> KdpoError | None:
+    """Handle what still waits; return the failure of reading, else that of handling."""
+    try:
+        _handle_waiting(state)
+        _settle(state)
+    except (InvalidInput, TooLarge) as error:
+        return failure or error.with_traceback(None)
     return failure
 
 
@@ -212,24 +228,26 @@ def _refuse_array(line: Line) -> None:
 
 
 def _handle_waiting(state: _FirstPass) -> bool:
-    """Detect the layout and handle the rows that waited; False when no layout fits them."""
-    found = detect([p.outcome for p in state.waiting if not isinstance(p.outcome, RowFault)])
-    state.tally.detection = found or state.tally.detection
-    for parsed in state.waiting:
+    """Choose how to read and handle the rows that waited; False when no layout fits them."""
+    waiting, state.waiting = state.waiting, []
+    chosen = choose(
+        [p.outcome for p in waiting if not isinstance(p.outcome, RowFault)], state.policy
+    )
+    state.tally.choice = chosen or state.tally.choice
+    for parsed in waiting:
         _handle(parsed, state)
-    state.waiting.clear()
-    return found is not None and found.confidence > 0.0
+    return chosen is not None and chosen.detection.confidence > 0.0
 
 
 def _handle(parsed: _Parsed, state: _FirstPass) -> None:
-    """Convert one row and spool the pair, or write it to the rejected rows."""
-    tally, number = state.tally, parsed.line.number
+    """Convert one row and spool what it gives, or write it to the rejected rows."""
+    tally, number, choice = state.tally, parsed.line.number, state.tally.choice
     try:
         if isinstance(parsed.outcome, RowFault):
             raise parsed.outcome
-        if tally.detection is None:
+        if choice is None:
             raise _unknown_layout(parsed.outcome)
-        pair = tally.detection.layout.convert(parsed.outcome)
+        found = choice.convert(parsed.outcome)
     except RowFault as fault:
         place = tally.reject(number, fault)
         entry: dict[str, object] = {
@@ -242,16 +260,51 @@ def _handle(parsed: _Parsed, state: _FirstPass) -> None:
             entry["row"] = parsed.outcome
         state.rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         return
-    row = canonical_row(pair, line=number, split=Split.TRAIN)
-    tally.ignore(pair.ignored)
-    key = bytes.fromhex(row.id)
-    if key in state.seen:
-        tally.duplicate(row)
+    tally.ignore(found.ignored)
+    if isinstance(found, Pair):
+        kept = Kept()
+        keep(found, choice.rules, lines=(number, number), into=kept)
+        tally.converted += _spool(kept, state) > 0
         return
-    state.seen.add(key)
-    state.ranks.add(rank(row.group_id, seed=state.seed))
-    tally.accept(row, conflict=digest(pair.prompt, pair.rejected, pair.chosen)[:16] in state.seen)
-    state.spool.write(to_line(row))
+    group = replace(found, answers=tuple(replace(a, line=number) for a in found.answers))
+    match choice.layout.grouping:
+        case Grouping.ROW:
+            tally.converted += _spool(pairs_of(group, choice.rules), state) > 0
+        case Grouping.ADJACENT:
+            if state.neighbours and state.neighbours[0].prompt != group.prompt:
+                _pair_neighbours(state)
+            state.neighbours.append(group)
+            state.num_grouped += 1
+        case Grouping.PROMPT:
+            state.answers.add(group)
+            state.num_grouped += 1
+        case Grouping.PAIR:
+            raise AssertionError(f"layout {choice.layout.name} gives answers and says pairs")
+        case _:
+            assert_never(choice.layout.grouping)
+
+
+def _pair_neighbours(state: _FirstPass) -> None:
+    """Pair the rows that lie beside each other and share a prompt."""
+    if state.neighbours:
+        neighbours, state.neighbours = state.neighbours, []
+        _pair_group(joined(neighbours), state)
+
+
+def _pair_group(group: Answers, state: _FirstPass) -> None:
+    """Pair answers of several rows."""
+    assert state.tally.choice is not None
+    kept = pairs_of(group, state.tally.choice.rules)
+    _spool(kept, state)
+    state.num_grouped_used += len(kept.lines)
+
+
+def _spool(kept: Kept, state: _FirstPass) -> int:
+    """Put pairs on disk; return how many."""
+    state.tally.left_out += kept.left_out
+    for pair, (line, _) in kept.pairs:
+        state.pairs.add(canonical_row(pair, line=line, split=Split.TRAIN), tie=pair.tie)
+    return len(kept.pairs)
 
 
 def _unknown_layout(row: JsonObject) -> RowFault:
@@ -259,74 +312,60 @@ def _unknown_layout(row: JsonObject) -> RowFault:
     return RowFault(RowCode.UNKNOWN_LAYOUT, f"the row has {names}; no known layout has these")
 
 
-def _verdict(tally: Tally, *, policy: DatasetPolicy, limits: DataLimits) -> KdpoError | None:
-    """Return why the rows are not a dataset, or None when they are."""
-    if tally.rows == 0:
-        return InvalidInput(
-            "the file has no rows",
-            code="empty_file",
-            hint="upload JSON Lines with one preference pair a line",
-            param="file",
-        )
-    details = tally.details()
-    if set(tally.by_code) == {RowCode.LINE_TOO_LONG} and tally.converted == 0:
-        return TooLarge(
-            f"all {tally.rows} lines are longer than {limits.max_line_bytes} bytes",
-            code="line_too_long",
-            hint="write one JSON object a line; " + str(details[0].hint),
-            param="file",
-            errors=details,
-        )
-    if details and (
-        tally.converted == 0
-        or tally.stopped_early
-        or tally.rejected / tally.rows > policy.invalid_limit
-    ):
-        first = details[0]
-        return InvalidInput(
-            f"{tally.rejected} of {tally.rows} rows were rejected, at most "
-            f"{policy.invalid_limit:.4g} of them may be; most often {first.code} ({first.count} "
-            f"rows), first on line {first.line}: {first.detail}",
-            code="dataset_invalid",
-            hint=f"{first.hint}; or raise max_invalid_fraction to skip these rows",
-            param="file",
-            errors=details,
-        )
-    for what, count, least in (
-        ("pairs", tally.pairs, limits.min_pairs),
-        ("prompts", tally.prompts, limits.min_prompts),
-    ):
-        if count < least:
-            return InvalidInput(
-                f"the file has {count} distinct {what}; at least {least} are needed",
-                code=f"too_few_{what}",
-                hint=f"add more preference pairs over at least {limits.min_prompts} prompts",
-                param="file",
-                errors=details,
-            )
-    return None
+def _settle(state: _FirstPass) -> None:
+    """Pair what waited for the end of the file, and count what became of all pairs."""
+    tally = state.tally
+    _pair_neighbours(state)
+    for group in state.answers.groups():
+        _pair_group(group, state)
+    tally.unpaired = state.num_grouped - state.num_grouped_used
+    tally.converted += state.num_grouped_used
+    state.pairs.settle()
+    tally.pairs = state.pairs.count(Mark.KEPT, Mark.CONFLICT)
+    tally.over_limit = state.pairs.count(Mark.OVER_LIMIT)
+    tally.prompts = state.pairs.prompts
 
 
 def _publish(
-    spool: BinaryIO,
-    path: Path,
+    pairs: PairSpool,
+    path: Path | None,
     *,
-    plan: SplitPlan,
+    policy: DatasetPolicy,
+    tally: Tally,
+    on_progress: Callable[[], None],
+) -> str | None:
+    """Write the pairs with their splits; only count them when there is no path."""
+    if path is None:
+        _second_pass(pairs, None, plan=None, tally=tally, on_progress=on_progress)
+        return None
+    plan = plan_by_place(pairs.prompts, pairs.rank_at, policy.split)
+    tally.split_prompts = dict(plan.sizes)
+    with atomic_writer(path) as file:
+        return _second_pass(pairs, file, plan=plan, tally=tally, on_progress=on_progress)
+
+
+def _second_pass(
+    pairs: PairSpool,
+    file: BinaryIO | None,
+    *,
+    plan: SplitPlan | None,
     tally: Tally,
     on_progress: Callable[[], None],
 ) -> str:
-    """Write the spooled pairs with their splits; return the SHA-256 of the file."""
+    """Count the pairs, and write them with their splits; return the SHA-256 of what was written."""
     checksum = hashlib.sha256()
-    tally.split_prompts = dict(plan.sizes)
-    with atomic_writer(path) as file:
-        for number, line in enumerate(spool, start=1):
-            row = from_line(line)
-            row = replace(row, split=plan.split_of(row.group_id))
+    for number, (found, mark) in enumerate(pairs, start=1):
+        if number % _PROGRESS_ROWS == 0:
+            on_progress()
+        if mark is Mark.DUPLICATE:
+            tally.duplicate(found)
+        if mark not in (Mark.KEPT, Mark.CONFLICT):
+            continue
+        row = found if plan is None else replace(found, split=plan.split_of(found.group_id))
+        tally.accept(row, conflict=mark is Mark.CONFLICT)
+        if file is not None:
             tally.split_pairs[row.split] += 1
             data = to_line(row)
             checksum.update(data)
             file.write(data)
-            if number % _PROGRESS_ROWS == 0:
-                on_progress()
-    tally.preview = [replace(row, split=plan.split_of(row.group_id)) for row in tally.preview]
     return checksum.hexdigest()

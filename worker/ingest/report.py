@@ -11,9 +11,10 @@ from core.lifecycle import DatasetStatus
 from core.run_spec import SplitPolicy
 from core.settings import DataLimits
 from worker.ingest.canonical import CanonicalRow, Message, Split
+from worker.ingest.choice import Choice
 from worker.ingest.containers import Container
 from worker.ingest.faults import HINTS, RowCode, RowFault
-from worker.ingest.layouts import Detection
+from worker.ingest.pairing import LeftOut
 
 LENGTH_BIAS_LIMIT = 0.5
 _PREVIEW_ROWS = 3
@@ -87,12 +88,16 @@ class Tally:
     """Everything that is counted while rows are read."""
 
     limits: DataLimits
-    detection: Detection | None = None
+    choice: Choice | None = None
     rows: int = 0
     rejected: int = 0
+    converted: int = 0
+    unpaired: int = 0
     pairs: int = 0
+    over_limit: int = 0
     prompts: int = 0
     stopped_early: bool = False
+    left_out: LeftOut = field(default_factory=LeftOut)
     by_code: dict[RowCode, CodeTally] = field(default_factory=dict)
     duplicates: CodeTally = field(default_factory=CodeTally)
     conflicts: CodeTally = field(default_factory=CodeTally)
@@ -101,11 +106,6 @@ class Tally:
     preview: list[CanonicalRow] = field(default_factory=list)
     split_pairs: Counter[Split] = field(default_factory=Counter)
     split_prompts: dict[Split, int] = field(default_factory=dict)
-
-    @property
-    def converted(self) -> int:
-        """Rows that are pairs, duplicates included."""
-        return self.rows - self.rejected
 
     def reject(self, line: int, fault: RowFault) -> Place:
         """Count a row that is not a pair."""
@@ -124,7 +124,6 @@ class Tally:
 
     def accept(self, row: CanonicalRow, *, conflict: bool) -> None:
         """Count a pair that is kept."""
-        self.pairs += 1
         self.lengths.add(_characters(row.chosen), _characters(row.rejected))
         if conflict:
             self.conflicts.add(self._place(row), keep=self.limits.examples_per_code)
@@ -162,7 +161,12 @@ class Tally:
             _counted("duplicate_pair", self.duplicates, "repeated pairs were dropped"),
             _counted("label_conflict", self.conflicts, "pairs contradict an earlier one; kept"),
         ]
-        if self.detection is not None and self.detection.layout.implicit_prompt and self.pairs:
+        layout = None if self.choice is None else self.choice.layout
+        if layout is not None and layout.warning is not None and self.pairs:
+            checks.append(
+                {"check": "layout", "level": "warn", "count": self.pairs, "detail": layout.warning}
+            )
+        if layout is not None and layout.implicit_prompt and self.pairs:
             checks.append(
                 {
                     "check": "implicit_prompt",
@@ -231,14 +235,14 @@ def build_report(
     failure: KdpoError | None,
 ) -> dict[str, object]:
     """Return the report as JSON values; `complete` is false when reading stopped."""
-    found = tally.detection
+    found = None if tally.choice is None else tally.choice.detection
     return {
         "object": "dataset.report",
         "dataset_id": dataset_id,
         "status": status_of(tally, failure).value,
         "complete": not tally.stopped_early,
         "detected": {
-            "layout": None if found is None else found.layout.name,
+            "layout": None if found is None else found.layout.name.value,
             "confidence": 0.0 if found is None else found.confidence,
             "container": None if container is None else container.value,
             "alternatives": [
@@ -246,12 +250,18 @@ def build_report(
                 for name, confidence in (() if found is None else found.alternatives)
             ],
         },
-        "mapping": {} if found is None else dict(found.layout.mapping),
+        "mapping": {} if tally.choice is None else tally.choice.mapping(),
         "ignored_fields": {name[:100]: count for name, count in tally.ignored.most_common()},
         "counts": {
             "rows": tally.rows,
             "converted": tally.converted,
             "rejected": tally.rejected,
+            "without_pair": tally.rows - tally.rejected - tally.converted,
+            "ties_dropped": tally.left_out.ties,
+            "below_margin": tally.left_out.below_margin,
+            "identical_answers": tally.left_out.identical,
+            "unpaired": tally.unpaired,
+            "over_limit": tally.over_limit,
             "duplicates": tally.duplicates.count,
             "pairs": tally.pairs,
             "prompts": tally.prompts,

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from core.run_spec import SplitPolicy
@@ -61,10 +61,18 @@ def plan_split(ranks: Iterable[bytes], policy: SplitPolicy) -> SplitPlan:
     Domain: at least 3 ranks.
     """
     ordered = sorted(ranks)
-    sizes = split_sizes(len(ordered), policy)
+    return plan_by_place(len(ordered), ordered.__getitem__, policy)
+
+
+def plan_by_place(prompts: int, rank_at: Callable[[int], bytes], policy: SplitPolicy) -> SplitPlan:
+    """Return the plan where only single places of the order are looked up, from 0.
+
+    Domain: prompts >= 3.
+    """
+    sizes = split_sizes(prompts, policy)
     return SplitPlan(
         seed=policy.seed,
-        last_test=ordered[sizes[Split.TEST] - 1],
-        last_validation=ordered[sizes[Split.TEST] + sizes[Split.VALIDATION] - 1],
+        last_test=rank_at(sizes[Split.TEST] - 1),
+        last_validation=rank_at(sizes[Split.TEST] + sizes[Split.VALIDATION] - 1),
         sizes=sizes,
     )

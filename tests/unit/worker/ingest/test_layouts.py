@@ -2,49 +2,34 @@
 
 import pytest
 
+from core.layout_names import LayoutName
+from tests.unit.worker.ingest.layout_fixtures import (
+    FACTS,
+    FIXTURES,
+    MARGINS,
+    bot,
+    summary_prompt,
+    user,
+)
 from worker.ingest.canonical import Role
 from worker.ingest.layout_trl import split_point
 from worker.ingest.layouts import LAYOUTS, detect
 
-FACTS = [
-    ("What colour is the sky?", "Blue, on a clear day.", "Green, as everyone knows."),
-    ("Name a prime above ten.", "Eleven is prime.", "Twelve is one."),
-    ("Who wrote Hamlet?", "Shakespeare wrote it.", "Marlowe did."),
-    ("Is ice lighter than water?", "Yes, so it floats.", "No, it sinks."),
-    ("How many legs has a spider?", "Eight.", "Six."),
-]
 LIMITS = {"min_pairs": 5, "min_prompts": 5}
+# Their prompt has a frame around the text.
+FRAMED = {"summarize_from_feedback": summary_prompt}
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def pairs_of(outcome):
+    return [
+        (row.prompt[0].content, row.chosen[0].content, row.rejected[0].content)
+        for row in outcome.rows
+    ]
 
 
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def transcript(prompt, answer):
-    return f"\n\nHuman: {prompt}\n\nAssistant: {answer}"
-
-
-FIXTURES = {
-    "trl_standard": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in FACTS],
-    "trl_standard_implicit": [{"chosen": f"{p} {c}", "rejected": f"{p} {r}"} for p, c, r in FACTS],
-    "trl_conversational": [
-        {"prompt": [user(p)], "chosen": [bot(c)], "rejected": [bot(r)]} for p, c, r in FACTS
-    ],
-    "trl_conversational_implicit": [
-        {"chosen": [user(p), bot(c)], "rejected": [user(p), bot(r)]} for p, c, r in FACTS
-    ],
-    "anthropic_hh": [
-        {"chosen": transcript(p, c), "rejected": transcript(p, r)} for p, c, r in FACTS
-    ],
-}
-
-
-def test_every_layout_has_a_fixture():
-    assert {layout.name for layout in LAYOUTS} == set(FIXTURES)
+def test_every_layout_has_a_name_and_a_fixture():
+    names = [layout.name for layout in LAYOUTS]
+    assert sorted(names) == sorted(LayoutName) == sorted(FIXTURES)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -52,23 +37,30 @@ def test_layout_is_detected_and_gives_the_pairs(run, lines, name):
     outcome = run(lines(FIXTURES[name]), **LIMITS)
 
     assert outcome.result.failure is None
-    assert outcome.report["detected"]["layout"] == name
-    assert set(outcome.report["mapping"]) == {"prompt", "chosen", "rejected"}
-    pairs = [
-        (row.prompt[0].content, row.chosen[0].content, row.rejected[0].content)
-        for row in outcome.rows
-    ]
-    assert pairs == FACTS
+    detected = outcome.report["detected"]
+    assert detected["layout"] == name
+    assert detected["confidence"] >= 0.8
+    assert all(other["confidence"] < detected["confidence"] for other in detected["alternatives"])
+    assert {"prompt"} < set(outcome.report["mapping"])
+    frame = FRAMED.get(name, str)
+    assert sorted(pairs_of(outcome)) == sorted((frame(p), c, r) for p, c, r in FACTS)
     for row in outcome.rows:
         assert [m.role for m in row.prompt] == [Role.USER]
         assert [m.role for m in row.chosen + row.rejected] == [Role.ASSISTANT] * 2
+        assert row.margin == pytest.approx(MARGINS[name]) if name in MARGINS else not row.margin
+        assert row.weight == 1.0
+    counts = outcome.report["counts"]
+    assert counts["rejected"] == 0
+    assert counts["rows"] == counts["converted"] == len(FIXTURES[name])
 
 
 def test_same_pairs_have_the_same_ids_and_splits_in_every_layout(run, lines):
-    seen = set()
-    for rows in FIXTURES.values():
-        outcome = run(lines(rows), **LIMITS)
-        seen.add(tuple((row.id, row.group_id, row.split) for row in outcome.rows))
+    seen = {
+        tuple(sorted((row.id, row.group_id, row.split) for row in outcome.rows))
+        for outcome in (
+            run(lines(rows), **LIMITS) for name, rows in FIXTURES.items() if name not in FRAMED
+        )
+    }
     assert len(seen) == 1
 
 

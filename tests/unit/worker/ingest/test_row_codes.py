@@ -4,6 +4,7 @@ import orjson
 import pytest
 
 from core.run_spec import DatasetPolicy
+from tests.unit.worker.ingest.layout_fixtures import arena
 from worker.ingest.faults import HINTS, RowCode
 
 LENIENT = DatasetPolicy(max_invalid_fraction=0.5)
@@ -42,6 +43,7 @@ IMPLICIT_TEXT_ROWS = [
 IMPLICIT_CHAT_ROWS = [
     {"chosen": [u(f"Q {n}?"), a("yes")], "rejected": [u(f"Q {n}?"), a("no")]} for n in range(20)
 ]
+ARENA_ROWS = [arena(n, f"Question {n}?", "yes", "no") for n in range(20)]
 
 
 def nested(depth):
@@ -149,6 +151,12 @@ CASES = [
         CHAT_ROWS,
         chat(chosen=[{"role": "assistant", "content": [{"type": "text"}]}]),
         "/chosen/0",
+    ),
+    (
+        "unknown_value",
+        ARENA_ROWS,
+        {**ARENA_ROWS[0], "winner": "model_c"},
+        "/winner",
     ),
 ]
 
