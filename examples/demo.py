@@ -334,6 +334,7 @@ def report(
     console.print(versus)
     console.print(result["comparison"]["sentence"], highlight=False)
     console.print(f"verdict: {result['comparison']['verdict']}", highlight=False)
+    console.print(result["heavy_tails"]["sentence"], highlight=False)
     sample = result["samples"][0]
     if answer.strip() != sample["aligned"].strip():
         raise DemoError(
