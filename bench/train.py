@@ -40,7 +40,8 @@ CONTENDERS = {
     "trl precomputed": ("bench.train_trl", "speed_precomputed"),
 }
 STUDIES = {"kdpo": ("bench.train_ours", "trials"), "optuna + trl": ("bench.train_trl", "trials")}
-FULL_ROUNDS, FULL_STEPS = 3, 13
+FULL = {"tiny-lm": (3, 13), "llama-32m": (2, 10)}
+"""Rounds, and steps in each."""
 SHORT_STEPS = {
     ("tiny-lm", "hh-harmless"): 5,
     ("tiny-lm", "truthfulqa"): 5,
@@ -199,16 +200,19 @@ class Workshop:
         )  # fmt: skip
 
 
-def fill(shop: Workshop, table: Table, *, models: list[str], data: list[str]) -> None:
-    """Measure what the table lacks."""
+def fill(
+    shop: Workshop, table: Table, *, models: list[str], data: list[str], studies: list[str]
+) -> None:
+    """Measure what the table lacks; trials of the models in `studies`."""
     table.append({"environment": environment()})
     for model in models:
+        rounds, steps = FULL[model]
         for name in data:
-            for number in range(FULL_ROUNDS):
+            for number in range(rounds):
                 if not table.has(kind="speed", model=model, data=name, round=number):
-                    job = shop.job(model, name, steps=FULL_STEPS, seed=number)
+                    job = shop.job(model, name, steps=steps, seed=number)
                     table.append(measure_speed(job, number=number, kind="speed"))
-    for model in models:
+    for model in studies:
         for name in data:
             done = table.trials(model, name)
             if done < TRIALS:
@@ -263,6 +267,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="measure what the table lacks")
     parser.add_argument("--table", type=Path, default=CELLS, help="where rows are kept")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--studies", nargs="*", choices=MODELS, default=list(MODELS), help="models for 28 trials"
+    )
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     options = parser.parse_args()
     table = Table(options.table)
@@ -270,7 +277,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         shop = Workshop(Path(scratch))
         if options.full:
-            fill(shop, table, models=options.models, data=options.data)
+            fill(shop, table, models=options.models, data=options.data, studies=options.studies)
         else:
             now = short(shop, models=options.models, data=options.data)
     train_report.report(table, now=now, publish=options.table == CELLS)
