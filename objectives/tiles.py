@@ -167,14 +167,15 @@ def _measure(job: Job, view: _BlockView, scores: Scores, scales: Tensor, *, slop
     Rows outside the domain of the closed forms are kept, and done by the plain functions after.
     """
     logits, other = view.logits, view.other
-    low, high = (bound[:, None] for bound in logits.aminmax(dim=-1))
-    ordinary = (high - low)[:, 0] <= REACH
+    # amin and amax are vectorised, aminmax along a dimension is not.
+    high = logits.amax(-1, keepdim=True)
+    ordinary = high[:, 0] - logits.amin(-1) <= REACH
     if other is not None:
         assert job.divergence is not None
         if not view.differences:
             torch.sub(other, logits, out=view.spare[0])
-        least, most = (other if view.differences else view.spare[0]).aminmax(dim=-1)
-        ordinary &= most - least <= job.divergence.form.reach
+        gap = other if view.differences else view.spare[0]
+        ordinary &= gap.amax(-1) - gap.amin(-1) <= job.divergence.form.reach
     extreme = (~ordinary).nonzero()[:, 0]
     count = extreme.shape[0]
     kept = [x.index_select(0, extreme) for x in (logits, other) if x is not None and count]
@@ -231,7 +232,7 @@ def _measure_closed(
 def _block(job: Job, p: Tensor, gap: Tensor, spare: Tensor, inverse_z: Tensor) -> Block:
     """V = log q - log p from differences of logits, so that Σ p e^v = 1 to the last digit."""
     assert job.divergence is not None
-    centre = torch.bmm(p[:, None, :], gap[:, :, None])[:, :, 0].mul_(inverse_z)
+    centre = torch.mul(p, gap, out=spare[0]).sum(-1, keepdim=True).mul_(inverse_z)
     gap.sub_(centre)
     mass = torch.expm1(gap, out=spare[0]).mul_(p)
     shift = mass.sum(-1, keepdim=True).mul_(inverse_z)

@@ -9,10 +9,12 @@ unbounded divergences is met; `objectives.streaming` takes the plain function be
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 
 from core.spec import (
     BhattacharyyaSpec,
@@ -194,45 +196,74 @@ class TotalVariationForm:
         return Measured(0.5 * block.mean(terms), slope, block.mean(slope), -0.5)
 
 
+RUN = 32
+"""Numbers in a run of `_accumulate`: few enough for a loop, enough to leave few runs."""
+
+
 @dataclass(frozen=True)
 class SlicedWassersteinForm:
     """D = mean over directions of Σ_j |F_j| gap_j, F the running sum of q - p in sorted order.
 
-    dD/dp_(i) = -Σ_{j>=i} sign(F_j) gap_j = Σ_{j<i} sign(F_j) gap_j + a constant, which the
-    projection off p removes; g = p times that, in the order of the vocabulary.
+    dD/dp_(i) = -T_i + a constant, which the projection off p removes, T_i = Σ_{j>=i} sign(F_j)
+    gap_j; g = p T in the order of the vocabulary, and D = Σ (q - p)_(i) T_i, by parts.
+
+    Rows of the block lie side by side, (V, n): sorting copies n neighbours at once and running
+    sums add vectors. The token of rank RUN c + k is at place k C + c, C the number of runs:
+    `orders` (R, RUN C) are tokens by place, padded where all gaps are 0, `places` (R, V) the way
+    back, `gaps` (R, RUN, C, 1) by place.
     """
 
     orders: Tensor
-    inverses: Tensor
+    places: Tensor
     gaps: Tensor
     reach: float = REACH
     uses_mass: bool = True
 
     @classmethod
     def of(cls, exact: SlicedWasserstein) -> "SlicedWassersteinForm":
-        """The same directions, with the way back from each sorted order."""
-        last = exact.gaps.new_zeros(exact.gaps.shape[0], 1)
+        """The same directions, by place."""
+        directions, vocabulary = exact.order.shape
+        runs = -(-vocabulary // RUN)
+        padding = RUN * runs - vocabulary
+        ranks = exact.order.argsort(-1)
+        by_rank = (directions, runs, RUN)
         return cls(
-            orders=exact.order,
-            inverses=exact.order.argsort(-1),
-            gaps=torch.cat([exact.gaps, last], -1),
+            orders=pad(exact.order, (0, padding)).view(by_rank).mT.reshape(directions, -1),
+            places=ranks % RUN * runs + ranks // RUN,
+            gaps=pad(exact.gaps, (0, padding + 1)).view(by_rank).mT.unsqueeze(-1).contiguous(),
         )
 
     def __call__(self, block: Block) -> Measured:
-        """G = p times the mean transport potential."""
-        count = self.orders.shape[0]
-        value = torch.zeros_like(block.inverse_z)
-        potential = block.v.zero_()
-        for order, inverse, gaps in zip(self.orders, self.inverses, self.gaps, strict=True):
-            gaps = gaps.to(block.v.dtype)
-            excess = torch.index_select(block.mass, 1, order, out=block.spare)
-            excess = torch.cumsum(excess, -1, out=excess)
-            steps = excess.sign().mul_(gaps)
-            value += block.mean(excess.mul_(steps))
-            before = steps.cumsum(-1).sub_(steps)
-            potential.add_(torch.index_select(before, 1, inverse, out=block.spare))
-        slope = potential.mul_(block.p)
-        return Measured(value / count, slope, block.mean(slope), 1.0 / count)
+        """G = p times the sum of the directions' T."""
+        count, vocabulary = self.places.shape
+        side_by_side = block.v.view(vocabulary, -1)
+        mass = torch.mul(block.mass.T, block.inverse_z.T, out=side_by_side)
+        potential = torch.zeros_like(mass)
+        for order, place, gaps in zip(self.orders, self.places, self.gaps, strict=True):
+            # Bags of one row are that row, fetched ahead, as index_select does not.
+            steps = embedding_bag(order[:, None], mass, mode="sum").view(*gaps.shape[:2], -1)
+            _accumulate(steps)
+            steps.sign_().mul_(gaps.to(steps.dtype))
+            _accumulate(steps, backwards=True)
+            potential += embedding_bag(place[:, None], steps.flatten(0, 1), mode="sum")
+        value = mass.mul_(potential).sum(0)[:, None]
+        slope = torch.mul(potential.T, block.p, out=block.spare)
+        return Measured(value / count, slope, block.mean(slope), -1.0 / count)
+
+
+def _accumulate(steps: Tensor, *, backwards: bool = False) -> None:
+    """Running sums in place along ranks: (RUN, C, n), where [k, c] is number k of run c.
+
+    Adding run to run is vectorised, and only sums of whole runs are left to `cumsum`, which is not.
+    """
+    totals = steps.sum(0)
+    before = totals.cumsum(0) - totals
+    parts = steps.unbind()
+    if backwards:
+        before, parts = totals.sum(0) - totals - before, parts[::-1]
+    parts[0].add_(before)
+    for part, following in pairwise(parts):
+        following.add_(part)
 
 
 def closed_form(spec: DivergenceSpec, exact: Divergence) -> Form:

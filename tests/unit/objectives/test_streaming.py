@@ -39,6 +39,7 @@ from objectives import (
     streamed_divergence,
     token_log_probs,
 )
+from objectives.divergences.closed_forms import RUN
 from tests.unit.objectives.samples import generator, geometry64, seeds
 from tests.unit.objectives.test_divergences import CASES, HEAD, Case
 from tests.unit.objectives.tolerances import STREAMED_SMALL_DRIFT, close
@@ -462,6 +463,15 @@ def test_no_tokens_are_no_scores() -> None:
     loss(t, scores).backward()
     assert scores.log_prob.shape == (0,)
     assert t.states.grad.shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, RUN - 1, RUN, RUN + 1, 2 * RUN, 5 * RUN + 3])
+def test_wasserstein_whatever_the_vocabulary_leaves_of_its_last_run(vocabulary: int) -> None:
+    t = tokens(22, vocabulary=vocabulary)
+    case = CASES["wasserstein"]
+    head = torch.randn(vocabulary, 3, generator=generator(3), dtype=torch.float64)
+    exact = build_divergence(case.spec, head=head)
+    assert_same(t, streamed(t, case, exact, tile=None), plain(t, exact), t.states)
 
 
 def test_disjoint_distributions_keep_the_digits_of_the_affinity() -> None:
