@@ -34,7 +34,7 @@ TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Numbers in a tile: few passes over the head, and little beside a model's own activations."""
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Numbers that element-wise work goes through at once: on a CPU, what caches hold and threads share."""
+"""Numbers that element-wise work goes through at once: what a cache holds, and threads share."""
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
