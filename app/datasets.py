@@ -48,13 +48,12 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(pattern=ID_PATTERN)]
 FIELDS = frozenset({"name", "policy"})
 
-# Containers that are refused before anything is stored; validation knows the other layouts.
+# What is refused before anything is stored; validation knows all containers.
 _MAGIC = (
-    (b"PAR1", "parquet"),
-    (b"ARROW1", "arrow"),
-    (b"PK\x03\x04", "zip"),
-    (b"\xff\xfe", "UTF-16 text"),
-    (b"\xfe\xff", "UTF-16 text"),
+    (b"BZh", "bzip2", "decompress it first: bzip2 -d file.bz2"),
+    (b"7z\xbc\xaf\x27\x1c", "7z", "unpack it and upload the file inside"),
+    (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 in > out"),
+    (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 in > out"),
 )
 _UPLOAD_BODY = {
     "requestBody": {
@@ -69,7 +68,8 @@ _UPLOAD_BODY = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSON Lines, plain or gzip: one preference pair a line",
+                            "description": "preference data: JSON Lines, a JSON array, CSV or TSV "
+                            "(plain, gzip, zstd, xz), Parquet, Arrow, or a zip or tar of these",
                         },
                         "name": {"type": "string", "maxLength": 200},
                         "policy": {
@@ -194,13 +194,13 @@ def _name(upload: Upload, dataset_id: str) -> str:
 def _refuse_container(path: FilePath) -> None:
     with path.open("rb") as file:
         start = file.read(8)
-    for magic, container in _MAGIC:
+    for magic, container, hint in _MAGIC:
         if start.startswith(magic):
             raise UnsupportedMedia(
-                f"received {container}, expected JSON Lines in UTF-8, plain or gzip",
+                f"received {container}, expected JSON Lines, a JSON array, CSV, Parquet or Arrow, "
+                "or a zip or tar of these",
                 param="file",
-                hint="convert it to one JSON object a line, for example with "
-                "datasets.Dataset.to_json",
+                hint=hint,
             )
 
 

@@ -1,9 +1,11 @@
 """Datasets over HTTP: upload, wait, refuse, report, rows."""
 
 import hashlib
+import io
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,8 +136,8 @@ def test_cancelled_validation_is_said(world: World) -> None:
     ("data", "status", "code"),
     [
         (b"", 422, "empty_file"),
-        (b"PAR1" + b"x" * 100, 415, "unsupported_media_type"),
-        (b"PK\x03\x04" + b"x" * 100, 415, "unsupported_media_type"),
+        (b"BZh9" + b"x" * 100, 415, "unsupported_media_type"),
+        (b"7z\xbc\xaf\x27\x1c" + b"x" * 100, 415, "unsupported_media_type"),
         ("{}".encode("utf-16"), 415, "unsupported_media_type"),
         (b"x" * 2_000_001, 413, "too_large"),
         (b"x" * 4_000_000, 413, "too_large"),
@@ -173,6 +175,7 @@ def test_chunked_upload_is_counted(world: World) -> None:
         ({"beat": "1"}, "unknown_parameter", "beat"),
         ({"policy": "{"}, "invalid_input", "policy"),
         ({"policy": '{"on_invalid": "maybe"}'}, "invalid_input", "policy"),
+        ({"policy": '{"layout": "nonsense"}'}, "invalid_input", "policy"),
         (
             {"policy": '{"on_invalid": "fail", "max_invalid_fraction": 0.5}'},
             "invalid_input",
@@ -218,6 +221,45 @@ def test_gzip_is_taken(world: World) -> None:
     world.validate()
     dataset = world.get("/v1/datasets").json()["data"][0]
     assert dataset["counts"]["pairs"] == 30
+
+
+def test_archive_of_another_layout_is_taken(world: World) -> None:
+    rows = [
+        {"prompt": f"Is {n} even?", "completion": text, "label": text == "Yes."}
+        for n in range(0, 40, 2)
+        for text in ("Yes.", "No.")
+    ]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("README.md", "# Numbers\n")
+        archive.writestr("data/train.json", json.dumps(rows))
+    made = world.upload(buffer.getvalue(), policy='{"pairing": "all", "layout": "kto"}')
+    assert made.status_code == 202, made.text
+    assert made.json()["policy"]["pairing"] == "all"
+    world.validate()
+    report = world.get(f"/v1/datasets/{made.json()['id']}/report").json()
+    assert report["detected"]["layout"] == "kto"
+    assert report["detected"]["container"] == "zip"
+    assert report["detected"]["ignored_members"] == ["README.md"]
+    assert (report["counts"]["rows"], report["counts"]["pairs"]) == (40, 20)
+
+
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [
+        ({"pairing": "all"}, "option_ignored"),
+        ({"layout": "nectar"}, "unusable_layout"),
+        ({"column_mapping": {"prompt": "question"}}, "unusable_mapping"),
+    ],
+)
+def test_policies_that_the_file_cannot_follow(
+    world: World, policy: dict[str, object], code: str
+) -> None:
+    made = world.upload(policy=json.dumps(policy)).json()
+    world.validate()
+    view = world.get(f"/v1/datasets/{made['id']}").json()
+    assert (view["status"], view["error"]["code"]) == ("invalid", code)
+    assert view["error"]["hint"]
 
 
 def test_etag_spares_the_body(world: World) -> None:

@@ -1,237 +1,240 @@
-"""From a file to numbered lines of bytes, within limits.
+"""From a file to numbered rows, within limits.
 
-The container is told from its first bytes, never from a name. Memory is bounded by one block and
-one line, whatever the file claims or expands to.
+What a file is, is told from its first bytes, never from a name. Memory is bounded by one block and
+one row (of tables: one batch), whatever the file claims or expands to.
 """
 
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from core.errors import InvalidInput, TooLarge, UnsupportedMedia
-from core.settings import MIB, DataLimits
-
-_BLOCK = 64 * 1024
-_HEAD = 512
-_RATIO_FREE_BYTES = MIB
-_MAX_EMPTY_MEMBERS = 1000
-_GZIP_WBITS = 31
-_GZIP_MAGIC = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
-
-_HINT_JSONL = "upload JSON Lines: one JSON object a line, UTF-8, plain or gzip (.jsonl, .jsonl.gz)"
-
-_MAGICS: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x28\xb5\x2f\xfd", "zstd", "decompress it first: zstd -d file.zst"),
-    (b"\xfd7zXZ\x00", "xz", "decompress it first: xz -d file.xz"),
-    (b"BZh", "bzip2", "decompress it first: bzip2 -d file.bz2"),
-    (b"PK\x03\x04", "zip", "unpack it and upload the JSONL file inside"),
-    (b"PK\x05\x06", "zip", "unpack it and upload the JSONL file inside"),
-    (b"7z\xbc\xaf\x27\x1c", "7z", "unpack it and upload the JSONL file inside"),
-    (b"PAR1", "parquet", "convert it: datasets.Dataset.from_parquet(f).to_json('data.jsonl')"),
-    (b"ARROW1", "arrow", "convert it: datasets.Dataset.from_file(f).to_json('data.jsonl')"),
-    (b"\x89HDF\r\n", "hdf5", _HINT_JSONL),
-    (b"SQLite format 3\x00", "sqlite", _HINT_JSONL),
-    (b"%PDF", "pdf", _HINT_JSONL),
-    (b"\xff\xfe\x00\x00", "utf-32 text", "convert it: iconv -f UTF-32 -t UTF-8 in > out"),
-    (b"\x00\x00\xfe\xff", "utf-32 text", "convert it: iconv -f UTF-32 -t UTF-8 in > out"),
-    (b"\xff\xfe", "utf-16 text", "convert it: iconv -f UTF-16 -t UTF-8 in > out"),
-    (b"\xfe\xff", "utf-16 text", "convert it: iconv -f UTF-16 -t UTF-8 in > out"),
+from core.errors import UnsupportedMedia
+from core.settings import DataLimits
+from worker.ingest.archives import looks_like_data, members, no_data
+from worker.ingest.decompress import BLOCK, Budget, decompressed
+from worker.ingest.formats import (
+    ARCHIVES,
+    BOM,
+    COMPRESSIONS,
+    HEAD_BYTES,
+    TABLES,
+    TEXTS,
+    Format,
+    Unreadable,
+    sniff,
+    unsupported,
 )
+from worker.ingest.layouts import KNOWN_COLUMNS
+from worker.ingest.texts import CsvRows, Line, split_array, split_lines
 
 
-class Container(StrEnum):
-    """What can be read."""
+@dataclass
+class Member:
+    """One data file of an archive: `first_line` is where its rows begin in the numbers."""
 
-    JSONL = "jsonl"
-    JSONL_GZ = "jsonl.gz"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line without its end; of an oversize line `data` holds only the beginning."""
-
-    number: int
-    data: bytes
-    length: int
-    oversize: bool
+    name: str
+    container: str
+    first_line: int
 
 
-def _unsupported(head: bytes) -> tuple[str, str] | None:
-    """Return the name and hint of a known format that is not JSONL text, if `head` is one."""
-    for magic, name, hint in _MAGICS:
-        if head.startswith(magic):
-            return name, hint
-    if head[257:262] == b"ustar":
-        return "tar", "unpack it and upload the JSONL file inside"
-    if len(head) >= 4 and any(head[::2]) != any(head[1::2]):
-        return "utf-16 text", "convert it: iconv -f UTF-16 -t UTF-8 in > out"
-    return None
+@dataclass
+class Contents:
+    """What was found in the file."""
 
-
-def _refuse(head: bytes, *, inside_gzip: bool) -> None:
-    """Raise UnsupportedMedia when `head` is of a known format that is not JSONL text."""
-    found = _unsupported(head)
-    if found is None and inside_gzip and head.startswith(_GZIP_MAGIC):
-        found = ("gzip inside gzip", "decompress it once: only one layer is read")
-    if found is None:
-        return
-    name, hint = found
-    where = " inside gzip" if inside_gzip and not name.startswith("gzip") else ""
-    raise UnsupportedMedia(
-        f"received {name}{where}; expected JSON Lines, plain or gzip", hint=hint, param="file"
-    )
+    container: str | None = None
+    members: list[Member] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
 
 class LineReader:
-    """Iterates over the lines of a file and counts what it has read.
+    """Iterates over the rows of a file and counts what it has read.
+
+    `folder` takes temporary files: members of archives, and compressed tables and archives.
 
     Raises while iterating:
         UnsupportedMedia: the first bytes are those of another format.
-        TooLarge: `decompression_bomb`, or `file_too_large` beyond max_decompressed_bytes.
-        InvalidInput: `truncated_gzip`, `corrupt_gzip`.
+        TooLarge: `decompression_bomb`, `too_many_members`, or `file_too_large`.
+        InvalidInput: the file is damaged, cut off, encrypted or unsafe.
     """
 
-    def __init__(self, source: Path, *, limits: DataLimits) -> None:
+    def __init__(
+        self,
+        source: Path,
+        *,
+        limits: DataLimits,
+        folder: Path,
+        column_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         self._source = source
         self._limits = limits
+        self._folder = folder
+        self._mapping = column_mapping or {}
+        self._columns = KNOWN_COLUMNS | frozenset(self._mapping.values())
+        self._budget = Budget(limits)
         self.total_bytes = source.stat().st_size
         self.read_bytes = 0
-        self.decompressed_bytes = 0
-        self.container = Container.JSONL
+        self.contents = Contents()
+        self._in_archive = False
 
     def __iter__(self) -> Iterator[Line]:
         with self._source.open("rb") as file:
-            head = file.read(_HEAD)
-            file.seek(0)
-            if head.startswith(_GZIP_MAGIC):
-                self.container = Container.JSONL_GZ
-                yield from self._lines(self._inflated(file))
-            else:
-                yield from self._lines(self._plain(file))
+            yield from self._rows(file)
 
-    def _plain(self, file: BinaryIO) -> Iterator[bytes]:
-        while block := file.read(_BLOCK):
-            self.read_bytes += len(block)
+    def _rows(self, file: BinaryIO) -> Iterator[Line]:
+        format_ = self._sniffed(file)
+        if format_ in ARCHIVES:
+            self.contents.container = format_.value
+            yield from self._archive(file, format_)
+        elif format_ in COMPRESSIONS:
+            yield from self._compressed(file, format_)
+        else:
+            self.contents.container = format_.value
+            yield from self._plain(file, format_)
+
+    def _sniffed(self, file: BinaryIO) -> Format:
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+        return self._format(head)
+
+    def _format(self, head: bytes, *, inside: Format | None = None) -> Format:
+        found = sniff(head, columns=self._columns)
+        where = "" if inside is None else f" inside {_NAMES[inside]}"
+        if isinstance(found, Unreadable):
+            raise unsupported(f"{found.name}{where}", found.hint)
+        if inside is not None and found in COMPRESSIONS | {Format.ZIP}:
+            raise unsupported(
+                f"{_NAMES.get(found, found)}{where}", "decompress it once: only one layer is read"
+            )
+        return found
+
+    def _plain(self, file: BinaryIO, format_: Format) -> Iterator[Line]:
+        if format_ in TABLES:
+            yield from self._table(file, format_)
+        else:
+            yield from self._text(self._blocks(file), format_)
+
+    def _blocks(self, file: BinaryIO) -> Iterator[bytes]:
+        while block := file.read(BLOCK):
+            self._count(len(block))
             yield block
 
-    def _inflated(self, file: BinaryIO) -> Iterator[bytes]:
-        """Yield blocks of at most 64 KiB from all members of a gzip file."""
-        inflate = zlib.decompressobj(wbits=_GZIP_WBITS)
-        data = b""
-        member_bytes = empty_members = 0
-        while True:
-            if not data:
-                data = file.read(_BLOCK)
-                self.read_bytes += len(data)
-                if not data:
-                    raise InvalidInput(
-                        "the gzip stream ends before its end mark: the file was cut off",
-                        code="truncated_gzip",
-                        hint="upload the whole file again; `gzip -t file` checks it",
-                        param="file",
-                    )
-            try:
-                block = inflate.decompress(data, _BLOCK)
-            except zlib.error as error:
-                raise InvalidInput(
-                    f"the gzip stream is damaged near byte {self.read_bytes - len(data)}",
-                    code="corrupt_gzip",
-                    hint="compress the file again; `gzip -t file` checks it",
-                    param="file",
-                ) from error
-            data = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
-            member_bytes += len(block)
-            if block:
-                self._check_ratio(len(block), pending=len(data))
-                yield block
-            if not inflate.eof:
-                continue
-            empty_members = 0 if member_bytes else empty_members + 1
-            if empty_members > _MAX_EMPTY_MEMBERS:
-                raise TooLarge(
-                    f"more than {_MAX_EMPTY_MEMBERS} empty gzip members in a row",
-                    code="decompression_bomb",
-                    hint="compress the file again as one stream",
-                    param="file",
-                )
-            data = self._next_member(file, data)
-            if not data:
-                return
-            inflate = zlib.decompressobj(wbits=_GZIP_WBITS)
-            member_bytes = 0
+    def _count(self, size: int) -> None:
+        # In an archive the members are counted, not what they become.
+        if not self._in_archive:
+            self.read_bytes += size
 
-    def _next_member(self, file: BinaryIO, data: bytes) -> bytes:
-        """Return the bytes at which the next member begins, empty at the end of the file.
-
-        Zero padding after a member is legal (gzip manual, section 8) and skipped.
-        """
-        while True:
-            data = data.lstrip(b"\x00")
-            if data:
-                return data
-            data = file.read(_BLOCK)
-            self.read_bytes += len(data)
-            if not data:
-                return b""
-
-    def _check_ratio(self, size: int, *, pending: int) -> None:
-        self.decompressed_bytes += size
-        consumed = max(1, self.read_bytes - pending)
-        ratio = self.decompressed_bytes / consumed
-        if self.decompressed_bytes > _RATIO_FREE_BYTES and ratio > self._limits.max_ratio:
-            raise TooLarge(
-                f"the file expands {ratio:.0f}:1 after {consumed} bytes; at most "
-                f"{self._limits.max_ratio:g}:1 is read",
-                code="decompression_bomb",
-                hint="upload the file uncompressed if it really is that repetitive",
-                param="file",
-            )
-
-    def _lines(self, blocks: Iterator[bytes]) -> Iterator[Line]:
-        pending = bytearray()
-        number = length = seen = 0
-        keep = self._limits.max_line_bytes + 1
-        for block in self._checked(blocks):
-            seen += len(block)
-            if seen > self._limits.max_decompressed_bytes:
-                raise TooLarge(
-                    f"the text is longer than {self._limits.max_decompressed_bytes} bytes",
-                    code="file_too_large",
-                    hint="split the file, or raise KDPO_DATA__MAX_DECOMPRESSED_BYTES",
-                    param="file",
-                )
-            start = 0
-            while (end := block.find(b"\n", start)) >= 0:
-                number += 1
-                length += end - start
-                pending += block[start : min(end, start + max(0, keep - len(pending)))]
-                yield self._line(number, bytes(pending), length)
-                pending.clear()
-                length = 0
-                start = end + 1
-            length += len(block) - start
-            pending += block[start : start + max(0, keep - len(pending))]
-        if length:
-            yield self._line(number + 1, bytes(pending), length)
-
-    def _checked(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass blocks through; sniff the first bytes of text and take a UTF-8 BOM off."""
+    def _compressed(self, file: BinaryIO, compression: Format) -> Iterator[Line]:
+        blocks = decompressed(file, compression, budget=self._budget, on_read=self._count)
         head = b""
         for block in blocks:
             head += block
-            if len(head) >= _HEAD:
+            if len(head) >= HEAD_BYTES:
                 break
-        _refuse(head, inside_gzip=self.container is Container.JSONL_GZ)
-        if text := head.removeprefix(_BOM):
-            yield text
-        yield from blocks
+        format_ = self._format(head, inside=compression)
+        self.contents.container = f"{format_}.{compression}"
+        if format_ in TEXTS:
+            yield from self._text(chain((head,), blocks), format_)
+            return
+        if format_ in ARCHIVES and self._in_archive:
+            raise _archive_in_archive(format_)
+        with tempfile.TemporaryFile(dir=self._folder) as copy:
+            for block in chain((head,), blocks):
+                copy.write(block)
+            copy.seek(0)
+            if format_ in ARCHIVES:
+                yield from self._archive(copy, format_)
+            else:
+                yield from self._table(copy, format_)
 
-    def _line(self, number: int, data: bytes, length: int) -> Line:
-        if length == len(data) and data.endswith(b"\r"):
-            data, length = data[:-1], length - 1
-        oversize = length > self._limits.max_line_bytes
-        return Line(number, data[:64] if oversize else data, length, oversize)
+    def _text(self, blocks: Iterator[bytes], format_: Format) -> Iterator[Line]:
+        """Turn text into rows; a UTF-8 byte order mark is taken off."""
+        most = self._limits.max_line_bytes
+        measured = self._measured(blocks)
+        match format_:
+            case Format.JSON:
+                yield from split_array(measured, max_bytes=most)
+            case Format.CSV | Format.TSV:
+                rows = CsvRows(format_, column_mapping=self._mapping, max_bytes=most)
+                yield from rows.rows(measured)
+            case _:
+                yield from split_lines(measured, max_bytes=most)
+
+    def _measured(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+        head = b""
+        for block in blocks:
+            head += block
+            if len(head) >= len(BOM):
+                break
+        size = 0
+        for block in chain((head.removeprefix(BOM),), blocks):
+            size += len(block)
+            self._budget.check_size(size)
+            if block:
+                yield block
+
+    def _table(self, file: BinaryIO, format_: Format) -> Iterator[Line]:
+        # A text must not load Arrow.
+        from worker.ingest.tables import table_rows
+
+        before = self.read_bytes
+        left = 0 if self._in_archive else self.total_bytes - before
+
+        def on_part(part: float) -> None:
+            self.read_bytes = before + int(part * left)
+
+        yield from table_rows(
+            file,
+            format_,
+            budget=self._budget,
+            max_bytes=self._limits.max_line_bytes,
+            on_part=on_part,
+        )
+
+    def _archive(self, file: BinaryIO, format_: Format) -> Iterator[Line]:
+        """Yield the rows of all data files; numbers go on from one to the next."""
+        last = 0
+        before = self.read_bytes
+        self._in_archive = True
+        for member in members(file, format_, folder=self._folder, budget=self._budget):
+            start = last
+            for line in self._member(member.name, member.copy, first_line=start + 1):
+                last = start + line.number
+                yield Line(last, line.data, line.length, line.oversize, line.fault)
+            self.read_bytes = max(before, int(member.done * self.total_bytes))
+        if not self.contents.members:
+            raise no_data(self.contents.ignored)
+
+    def _member(self, name: str, copy: BinaryIO, *, first_line: int) -> Iterator[Line]:
+        head = copy.read(HEAD_BYTES)
+        copy.seek(0)
+        found = sniff(head, columns=self._columns, only_known=True)
+        if isinstance(found, Unreadable) or not looks_like_data(head, found):
+            self.contents.ignored.append(name)
+            return
+        if found in ARCHIVES:
+            raise _archive_in_archive(found)
+        member = Member(name, found.value, first_line)
+        self.contents.members.append(member)
+        if found in COMPRESSIONS:
+            outer, self.contents.container = self.contents.container, None
+            try:
+                yield from self._compressed(copy, found)
+                member.container = str(self.contents.container)
+            finally:
+                self.contents.container = outer
+        else:
+            yield from self._plain(copy, found)
+
+
+_NAMES = {Format.GZIP: "gzip", Format.ZSTD: "zstd", Format.XZ: "xz"}
+
+
+def _archive_in_archive(format_: Format) -> UnsupportedMedia:
+    return UnsupportedMedia(
+        f"received {format_} in an archive; expected data files in it",
+        hint="unpack it: only one layer is read",
+        param="file",
+    )

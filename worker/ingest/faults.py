@@ -9,6 +9,7 @@ class RowCode(StrEnum):
     LINE_TOO_LONG = "line_too_long"
     INVALID_UTF8 = "invalid_utf8"
     INVALID_CHARACTERS = "invalid_characters"
+    MALFORMED_ROW = "malformed_row"
     NOT_JSON = "not_json"
     NOT_AN_OBJECT = "not_an_object"
     TOO_DEEP = "too_deep"
@@ -32,6 +33,9 @@ HINTS: dict[RowCode, str] = {
     RowCode.INVALID_CHARACTERS: (
         "remove control characters; an escaped \\f or \\b is often LaTeX (\\frac, \\beta) whose "
         "backslash was not doubled"
+    ),
+    RowCode.MALFORMED_ROW: (
+        "write CSV with a csv library: quote cells that hold separators, quotes or line ends"
     ),
     RowCode.NOT_JSON: "write one complete JSON object on each line (JSONL)",
     RowCode.NOT_AN_OBJECT: 'each line must be a JSON object such as {"prompt": …}',

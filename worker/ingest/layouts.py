@@ -90,6 +90,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Misspelled(),
     MessagesChosenRejected(),
 )
+KNOWN_COLUMNS = frozenset(name for layout in LAYOUTS for name in layout.fields)
 _MIN_PRESENCE = 0.5
 
 

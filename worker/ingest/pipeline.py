@@ -19,7 +19,7 @@ from core.run_spec import DatasetPolicy
 from core.settings import MIB, DataLimits
 from worker.ingest.canonical import Answers, Pair, Split, canonical_row, to_line
 from worker.ingest.choice import choose
-from worker.ingest.containers import Line, LineReader
+from worker.ingest.containers import Contents, LineReader
 from worker.ingest.faults import RowCode, RowFault
 from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.ingest.layout_common import Grouping
@@ -28,6 +28,7 @@ from worker.ingest.report import Tally, build_report, status_of
 from worker.ingest.rows import JsonObject, parse_row
 from worker.ingest.split import SplitPlan, plan_by_place
 from worker.ingest.spool import AnswerSpool, Mark, PairSpool, joined
+from worker.ingest.texts import Line
 from worker.ingest.verdict import verdict
 
 CANONICAL_NAME = "canonical.jsonl"
@@ -96,7 +97,7 @@ def ingest(
         StorageFull: the disk has no room.
     """
     tally = Tally(limits)
-    reader = LineReader(source, limits=limits)
+    reader = LineReader(source, limits=limits, folder=out_dir, column_mapping=policy.column_mapping)
     with full_disk_as_error(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / CANONICAL_NAME).unlink(missing_ok=True)
@@ -125,7 +126,7 @@ def ingest(
         report=build_report(
             tally,
             dataset_id=dataset_id,
-            container=None if unread else reader.container,
+            contents=Contents() if unread else reader.contents,
             policy=policy.split,
             failure=failure,
         ),
@@ -197,10 +198,8 @@ def _parse_all(
         if reader.read_bytes - reported >= _PROGRESS_BYTES:
             reported = reader.read_bytes
             on_progress(reported, reader.total_bytes)
-        if not line.oversize and not line.data.strip():
+        if not line.oversize and line.fault is None and not line.data.strip():
             continue
-        if tally.rows == 0:
-            _refuse_array(line)
         if tally.rows >= limits.max_rows:
             raise TooLarge(
                 f"the file has more than {limits.max_rows} rows",
@@ -214,17 +213,6 @@ def _parse_all(
         except RowFault as fault:
             yield _Parsed(line, fault)
     on_progress(reader.total_bytes, reader.total_bytes)
-
-
-def _refuse_array(line: Line) -> None:
-    """Raise when the first row shows that the file is one JSON array."""
-    text = line.data.strip()
-    if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"", b"{"):
-        raise UnsupportedMedia(
-            "received one JSON array; expected JSON Lines, one object a line",
-            hint="convert it: jq -c '.[]' data.json > data.jsonl",
-            param="file",
-        )
 
 
 def _handle_waiting(state: _FirstPass) -> bool:

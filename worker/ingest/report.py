@@ -12,7 +12,7 @@ from core.run_spec import SplitPolicy
 from core.settings import DataLimits
 from worker.ingest.canonical import CanonicalRow, Message, Split
 from worker.ingest.choice import Choice
-from worker.ingest.containers import Container
+from worker.ingest.containers import Contents
 from worker.ingest.faults import HINTS, RowCode, RowFault
 from worker.ingest.pairing import LeftOut
 
@@ -20,6 +20,7 @@ LENGTH_BIAS_LIMIT = 0.5
 _PREVIEW_ROWS = 3
 _PREVIEW_CHARACTERS = 2000
 _MAX_IGNORED_NAMES = 50
+_MAX_MEMBERS = 100
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def build_report(
     tally: Tally,
     *,
     dataset_id: str,
-    container: Container | None,
+    contents: Contents,
     policy: SplitPolicy,
     failure: KdpoError | None,
 ) -> dict[str, object]:
@@ -244,11 +245,12 @@ def build_report(
         "detected": {
             "layout": None if found is None else found.layout.name.value,
             "confidence": 0.0 if found is None else found.confidence,
-            "container": None if container is None else container.value,
+            "container": contents.container,
             "alternatives": [
                 {"layout": name, "confidence": confidence}
                 for name, confidence in (() if found is None else found.alternatives)
             ],
+            **_archive(contents),
         },
         "mapping": {} if tally.choice is None else tally.choice.mapping(),
         "ignored_fields": {name[:100]: count for name, count in tally.ignored.most_common()},
@@ -289,6 +291,19 @@ def build_report(
         if failure is None
         else {"code": failure.code, "message": failure.message, "hint": failure.hint},
         "preview": [_preview(row) for row in tally.preview],
+    }
+
+
+def _archive(contents: Contents) -> dict[str, object]:
+    """Return what was read of an archive and what was left aside; nothing for other files."""
+    if not contents.members:
+        return {}
+    return {
+        "members": [
+            {"name": m.name[:200], "container": m.container, "first_line": m.first_line}
+            for m in contents.members[:_MAX_MEMBERS]
+        ],
+        "ignored_members": [name[:200] for name in contents.ignored[:_MAX_MEMBERS]],
     }
 
 

@@ -7,8 +7,8 @@ from typing import TypeAlias
 import orjson
 
 from core.settings import DataLimits
-from worker.ingest.containers import Line
 from worker.ingest.faults import RowCode, RowFault, escape_pointer
+from worker.ingest.texts import Line
 
 JsonValue: TypeAlias = "str | int | float | bool | list[JsonValue] | dict[str, JsonValue] | None"
 JsonObject: TypeAlias = dict[str, "JsonValue"]
@@ -25,8 +25,11 @@ def parse_row(line: Line, *, limits: DataLimits) -> JsonObject:
 
     Raises:
         RowFault: the line is too long, not UTF-8, not a JSON object, too deep, has a key twice or
-            a control character. The message names offsets and never repeats the bytes.
+            a control character, or could not be made from a table. The message names offsets and
+            never repeats the bytes.
     """
+    if line.fault is not None:
+        raise RowFault(RowCode.MALFORMED_ROW, line.fault)
     if line.oversize:
         raise RowFault(
             RowCode.LINE_TOO_LONG,

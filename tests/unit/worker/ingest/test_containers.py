@@ -3,28 +3,32 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import zipfile
 
 import pytest
+import zstandard
 
 from core.errors import Category
 from core.settings import MIB
+from worker.ingest.texts import split_array
 
 UNSUPPORTED = {
-    "zstd": b"\x28\xb5\x2f\xfd" + b"\x00" * 40,
-    "xz": lzma.compress(b'{"prompt": 1}\n'),
     "bzip2": bz2.compress(b'{"prompt": 1}\n'),
-    "parquet": b"PAR1" + b"\x15\x04" * 20,
-    "arrow": b"ARROW1\x00\x00" + b"\xff" * 20,
+    "feather version 1": b"FEA1" + b"\x00" * 40,
+    "encrypted parquet": b"PARE" + b"\x00" * 40,
     "hdf5": b"\x89HDF\r\n\x1a\n" + b"\x00" * 20,
     "sqlite": b"SQLite format 3\x00" + b"\x00" * 20,
     "pdf": b"%PDF-1.7\n",
+    "pickle": b"\x80\x04\x95" + b"\x00" * 20,
     "7z": b"7z\xbc\xaf\x27\x1c\x00\x04",
-    "tar": b"data.jsonl".ljust(257, b"\x00") + b"ustar\x0000".ljust(255, b"\x00"),
+    "rar": b"Rar!\x1a\x07\x01\x00",
     "utf-32 text": b"\xff\xfe\x00\x00" + '{"a": 1}'.encode("utf-32-le"),
     "utf-16 text": '{"prompt": "a"}\n'.encode("utf-16"),
 }
+COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress}
+NAMES = {"gz": "gzip", "zst": "zstd", "xz": "xz"}
 
 
 def zipped(data):
@@ -53,11 +57,12 @@ def test_known_formats_are_named(run, name, wrap):
     assert f"received {name}" in failure.message
 
 
-def test_zip_and_gzip_in_gzip(run, lines, good):
+@pytest.mark.parametrize("outer", COMPRESS)
+def test_only_one_layer_is_read(run, lines, good, outer):
     data = lines(good(12))
-    assert "received zip" in refused(run(zipped(data))).message
-    twice = gzip.compress(gzip.compress(data))
-    assert "received gzip inside gzip" in refused(run(twice)).message
+    for inner, name in ((zipped, "zip"), *((COMPRESS[k], NAMES[k]) for k in COMPRESS)):
+        failure = refused(run(COMPRESS[outer](inner(data))))
+        assert f"received {name} inside {NAMES[outer]}" in failure.message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
@@ -67,30 +72,73 @@ def test_utf16_without_a_mark(run, lines, good, encoding):
     assert "iconv" in failure.hint
 
 
-@pytest.mark.parametrize("layout", ["[\n  %s\n]", "[%s]", "  [ %s ]\n", "\n[\n\n%s]"])
-def test_json_array(run, lines, good, layout):
+ARRAYS = ["[\n  %s\n]", "[%s]", "  [ %s ]\n", "\n[\n\n%s]", "[%s,]", "\ufeff[%s]"]
+
+
+@pytest.mark.parametrize("layout", ARRAYS)
+@pytest.mark.parametrize("wrap", [bytes, *COMPRESS.values()])
+def test_json_array(run, lines, good, layout, wrap):
+    plain = run(lines(good(12)))
     rows = lines(good(12)).decode().strip().replace("\n", ",\n")
-    failure = refused(run((layout % rows).encode()))
-    assert "JSON array" in failure.message
-    assert "jq -c" in failure.hint
+    outcome = run(wrap((layout % rows).encode()))
+    assert outcome.rows == plain.rows
+    assert outcome.report["detected"]["container"].startswith("json")
+    assert not outcome.report["detected"]["container"].startswith("jsonl")
 
 
-def test_one_line_array_beyond_the_line_limit(run):
-    failure = refused(run(b'[{"prompt": "' + b"x" * 5000 + b'"}]', max_line_bytes=1000))
-    assert "JSON array" in failure.message
+def test_array_elements_keep_their_brackets_and_quotes(run):
+    rows = [
+        {"prompt": f'{n} ]}}", \\"[{{', "chosen": 'a\\\\" ], [', "rejected": "]," * n + "\\"}
+        for n in range(12)
+    ]
+    outcome = run(json.dumps(rows, indent=3).encode())
+    assert [row.chosen[0].content for row in outcome.rows] == ['a\\\\" ], ['] * 12
+    assert [row.line for row in outcome.rows] == list(range(1, 13))
+    assert outcome.rows[3].rejected[0].content == "],],],\\"
 
 
-@pytest.mark.parametrize("wrap", [bytes, gzip.compress])
-def test_plain_and_gzip_give_the_same(run, lines, good, wrap):
-    outcome = run(wrap(lines(good(3000))))
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_array_cut_into_blocks_anywhere(size):
+    rows = [{"a": 'q"\\', "b": ["[", {"c": "]"}]}, {"a": '\\"'}, {}, {"a": "ü"}]
+    data = json.dumps(rows, ensure_ascii=False).encode()
+    blocks = (data[n : n + size] for n in range(0, len(data), size))
+    assert [json.loads(line.data) for line in split_array(blocks, max_bytes=100)] == rows
+
+
+def test_broken_arrays(run, lines, good):
+    rows = lines(good(12)).decode().strip().replace("\n", ",\n")
+    refused(run(f"[{rows}".encode()), "truncated_json")
+    refused(run(f"[{rows}] more".encode()), "corrupt_json")
+    refused(run(f"[{rows}]\n[{rows}]".encode()), "corrupt_json")
+    bad = run(f'[{rows}, {{"prompt": }}, 3, [1]]'.encode(), max_errors=10)
+    assert bad.codes == {"not_json": 1, "not_an_object": 2}
+    assert bad.result.num_pairs == 12
+
+
+def test_array_element_beyond_the_line_limit(run, lines, good):
+    rows = lines(good(12)).decode().strip().replace("\n", ",")
+    long = '{"prompt": "' + "x" * 5000 + '"}'
+    outcome = run(f"[{rows},{long},{rows}]".encode(), max_line_bytes=1000)
+    assert outcome.codes == {"line_too_long": 1}
+    assert outcome.rejected[0]["line"] == 13
+
+
+def test_one_object_over_several_lines(run):
+    failure = refused(run(b'{\n  "train": [\n    {"prompt": "x"}\n  ]\n}\n'))
+    assert "one JSON object over several lines" in failure.message
+
+
+@pytest.mark.parametrize("name", ["", *COMPRESS])
+def test_plain_and_compressed_give_the_same(run, lines, good, name):
+    outcome = run(COMPRESS.get(name, bytes)(lines(good(3000))))
     assert outcome.result.failure is None
     assert outcome.result.num_pairs == 3000
     assert outcome.rows[-1].line == 3000
-    container = "jsonl" if wrap is bytes else "jsonl.gz"
+    container = f"jsonl.{name}" if name else "jsonl"
     assert outcome.report["detected"]["container"] == container
 
 
-@pytest.mark.parametrize("wrap", [bytes, gzip.compress])
+@pytest.mark.parametrize("wrap", [bytes, *COMPRESS.values()])
 def test_byte_order_mark_and_windows_line_ends(run, lines, good, wrap):
     data = lines(good(12))
     plain = run(wrap(data))
@@ -99,19 +147,21 @@ def test_byte_order_mark_and_windows_line_ends(run, lines, good, wrap):
     assert run(wrap(data.rstrip(b"\n"))).rows == plain.rows
 
 
-def test_concatenated_members_and_padding(run, lines, good):
+@pytest.mark.parametrize("compress", COMPRESS.values())
+def test_concatenated_members_and_padding(run, lines, good, compress):
     data = lines(good(40))
     cut = len(data) // 3 + 5
-    members = gzip.compress(data[:cut]) + gzip.compress(b"") + gzip.compress(data[cut:])
+    members = compress(data[:cut]) + compress(b"") + compress(data[cut:])
     assert run(members).rows == run(data).rows
     assert run(members + b"\x00" * 100_000).rows == run(data).rows
 
 
-@pytest.mark.parametrize("keep", [2, 9, 15, 0.5, -9, -1])
-def test_truncated_gzip(run, lines, good, keep):
-    whole = gzip.compress(lines(good(2000)))
+@pytest.mark.parametrize("keep", [9, 15, 0.5, -9, -1])
+@pytest.mark.parametrize("name", COMPRESS)
+def test_truncated_streams(run, lines, good, name, keep):
+    whole = COMPRESS[name](lines(good(2000)))
     end = int(len(whole) * keep) if isinstance(keep, float) else keep
-    failure = refused(run(whole[:end]), "truncated_gzip")
+    failure = refused(run(whole[:end]), f"truncated_{NAMES[name]}")
     assert failure.category is Category.INVALID
 
 
@@ -131,8 +181,19 @@ def test_damaged_gzip(run, lines, good):
     refused(run(whole + b"trailing garbage"), "corrupt_gzip")
 
 
-def test_gzip_bomb(run, tmp_path):
-    bomb = gzip.compress(b"\x00" * (64 * MIB), compresslevel=9)
+@pytest.mark.parametrize("name", ["zst", "xz"])
+def test_damaged_zstd_and_xz(run, lines, good, name):
+    whole = COMPRESS[name](lines(good(2000)))
+    for damaged in (
+        whole + b"trailing garbage",
+        whole[: len(whole) // 2] + bytes(200) + whole[len(whole) // 2 + 200 :],
+    ):
+        refused(run(damaged), f"corrupt_{NAMES[name]}")
+
+
+@pytest.mark.parametrize("compress", COMPRESS.values())
+def test_bomb(run, tmp_path, compress):
+    bomb = compress(b"\x00" * (64 * MIB))
     assert len(bomb) < 70_000
     outcome = run(bomb)
     failure = refused(outcome, "decompression_bomb")
@@ -178,7 +239,7 @@ def test_empty_file(run, data):
     assert outcome.report["counts"]["rows"] == 0
 
 
-@pytest.mark.parametrize("data", [b"\x00" * 1000, bytes(range(256)) * 4, b"prompt,chosen\na,b\n"])
+@pytest.mark.parametrize("data", [b"\x00" * 1000, bytes(range(256)) * 4, b"some words\nand more\n"])
 def test_not_json_at_all(run, data):
     outcome = run(data)
     assert outcome.result.failure.code == "dataset_invalid"

@@ -186,7 +186,7 @@ def test_row_is_rejected_with_code_line_and_pointer(run, lines, code, good, bad,
 
 def test_every_code_has_a_hint_and_a_case():
     assert set(HINTS) == set(RowCode)
-    elsewhere = {"line_too_long", "unknown_layout"}
+    elsewhere = {"line_too_long", "unknown_layout", "malformed_row"}
     assert {case[0] for case in CASES} | elsewhere == set(RowCode)
 
 
