@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from core.spec import ObjectiveSpec, SpecModel
+from core.spec import MixtureWeights, ObjectiveSpec, SpecModel
 
 
 class Estimate(SpecModel):
@@ -26,6 +26,12 @@ class KernelMetrics(SpecModel):
     kpa: Estimate
 
 
+class MixtureMetrics(KernelMetrics):
+    """The same of a mixture with other weights than those it starts with."""
+
+    weights: MixtureWeights
+
+
 class ReferenceMetrics(SpecModel):
     """Metrics of the reference model on the data (docs/selection.md)."""
 
@@ -42,9 +48,19 @@ class DatasetProfile(SpecModel):
 
     pairs: int
     prompts: int
-    sampled_pairs: int
+    sampled_pairs: int = Field(description="pairs that were measured")
+    sampled_prompts: int
+    max_pairs: int = Field(
+        description="above it whole prompts are drawn at random from `seed`, in a fixed order, "
+        "until the next one would pass it; below it all pairs are measured"
+    )
+    sampled_tokens: int = Field(description="response tokens behind the kurtosis, an even sample")
+    resamples: int = Field(description="bootstrap resamples of prompts behind each interval")
     seed: int
     kernels: tuple[KernelMetrics, ...]
+    mixtures: tuple[MixtureMetrics, ...] = Field(
+        description="mixtures of other weights than the even ones of `hmk` in `kernels`"
+    )
     reference: ReferenceMetrics
 
 

@@ -13,10 +13,10 @@ class ReferenceFeatures:
     """Features of N pairs under the reference, on the CPU, float32 but for `group`.
 
     Embeddings (N, H); log-probs (N,), summed over response tokens; token counts (N,);
-    `token_log_probs` (M,), a sample of response-token log-probs; `entropy` (N,), mean
-    next-token entropy over response tokens divided by log V; `group` (N,) int64: pairs of one
-    prompt share an id. Raises InvalidInput when the shapes do not fit, when a number is not
-    finite, or when there are fewer than two prompts.
+    `token_log_probs` (M,), a sample of response-token log-probs, `token_group` (M,) the prompts
+    that they are from; `entropy` (N,), mean next-token entropy over response tokens divided by
+    log V; `group` (N,) int64: pairs of one prompt share an id. Raises InvalidInput when the shapes
+    do not fit, when a number is not finite, or when there are fewer than two prompts.
     """
 
     prompt_embedding: Tensor
@@ -27,18 +27,21 @@ class ReferenceFeatures:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     token_log_probs: Tensor
+    token_group: Tensor
     entropy: Tensor
     group: Tensor
 
     def __post_init__(self) -> None:
+        if self.token_log_probs.numel() == 0:
+            raise InvalidInput("token_log_probs is empty; expected at least one token")
         pairs = self.group.shape[0]
         width = self.prompt_embedding.shape[-1]
         for field in fields(self):
             value: Tensor = getattr(self, field.name)
             if field.name.endswith("_embedding"):
                 shape: tuple[int, ...] = (pairs, width)
-            elif field.name == "token_log_probs":
-                shape = (value.numel(),)
+            elif field.name.startswith("token_"):
+                shape = (self.token_log_probs.numel(),)
             else:
                 shape = (pairs,)
             if tuple(value.shape) != shape:
@@ -52,8 +55,6 @@ class ReferenceFeatures:
                     "score",
                     param=field.name,
                 )
-        if self.token_log_probs.numel() == 0:
-            raise InvalidInput("token_log_probs is empty; expected at least one token")
         if pairs == 0 or self.prompts < 2:
             raise InvalidInput(
                 f"metrics need pairs of at least 2 prompts, received {pairs} pairs of one prompt",
@@ -81,6 +82,7 @@ class ReferenceFeatures:
             chosen_tokens=self.chosen_tokens[index],
             rejected_tokens=self.rejected_tokens[index],
             token_log_probs=self.token_log_probs,
+            token_group=self.token_group,
             entropy=self.entropy[index],
             group=self.group[index],
         )

@@ -1,14 +1,18 @@
 """All metrics of one dataset under one reference model."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from core.profile import DatasetProfile, KernelMetrics, ReferenceMetrics
+from core.profile import DatasetProfile, KernelMetrics, MixtureMetrics, ReferenceMetrics
 from core.spec import (
     KernelName,
     KernelSpec,
     MahalanobisKernelSpec,
     MixtureKernelSpec,
+    MixtureWeights,
     PolynomialKernelSpec,
     RbfKernelSpec,
     SpectralKernelSpec,
@@ -19,7 +23,7 @@ from objectives.types import Kernel, PairEmbeddings
 from selection.features import ReferenceFeatures, group_index
 from selection.metrics.bootstrap import estimate, group_weights, weighted_mean
 from selection.metrics.distances import RandomPairs, kernel_distances, random_pairs
-from selection.metrics.kpa import FOLDS, grouped_folds, kpa
+from selection.metrics.kpa import FOLDS, grouped_folds, kpa, preference_gram
 from selection.metrics.nag import nag
 from selection.metrics.pnav import pnav
 from selection.metrics.pnd import pnd
@@ -33,54 +37,73 @@ from selection.metrics.reference import (
 from selection.metrics.tat import tat
 
 MAX_PAIRS = 2000
+RESAMPLES = 200
 
-KERNELS: tuple[KernelSpec, ...] = (
+MEMBERS: tuple[KernelSpec, ...] = (
     RbfKernelSpec(),
     PolynomialKernelSpec(),
     MahalanobisKernelSpec(),
     SpectralKernelSpec(),
-    MixtureKernelSpec(),
 )
+MIXTURE = MixtureKernelSpec()
+# Nine tenths of the weight on the local kernels (rbf, polynomial), and on the global ones.
+OTHER_MIXTURES = (
+    MixtureKernelSpec(weights=MixtureWeights(tau_local=0.9)),
+    MixtureKernelSpec(weights=MixtureWeights(tau_local=0.1)),
+)
+KERNELS: tuple[KernelSpec, ...] = (*MEMBERS, MIXTURE)
 
 
 def profile_dataset(
     features: ReferenceFeatures,
     *,
     seed: int,
-    bootstrap: int = 200,
+    bootstrap: int = RESAMPLES,
     max_pairs: int = MAX_PAIRS,
+    drawn_from: tuple[int, int] | None = None,
 ) -> DatasetProfile:
     """Compute every metric with its interval over `bootstrap` resamples of prompts.
 
-    Above `max_pairs` all metrics are of whole prompts drawn at random until the next one would
-    pass it; the kernel preference accuracy is O(pairs^3). Deterministic in features and seed.
+    Above `max_pairs` all metrics are of the pairs at `sampled_rows`; the kernel preference
+    accuracy is O(pairs^3). `drawn_from` are the pairs and prompts of the whole when `features` are
+    already those of such a sample. Deterministic in features and seed.
     """
+    rows = sampled_rows(features.group, limit=max_pairs, seed=seed)
+    sample = features.take(rows)
     generator = torch.Generator().manual_seed(seed)
-    sample = features.take(sampled_rows(features.group, limit=max_pairs, generator=generator))
     weights = group_weights(sample.group, resamples=bootstrap, generator=generator)
+    tokens = group_weights(sample.token_group, resamples=bootstrap, generator=generator)
     with torch.no_grad():
-        kernels = _kernel_metrics(sample, weights, seed=seed, generator=generator)
-        reference = _reference_metrics(sample, weights, generator=generator)
+        kernels, mixtures = _kernel_metrics(sample, weights, seed=seed, generator=generator)
+        reference = _reference_metrics(sample, weights, tokens)
+    pairs, prompts = drawn_from or (features.pairs, features.prompts)
     return DatasetProfile(
-        pairs=features.pairs,
-        prompts=features.prompts,
+        pairs=pairs,
+        prompts=prompts,
         sampled_pairs=sample.pairs,
+        sampled_prompts=sample.prompts,
+        max_pairs=max_pairs,
+        sampled_tokens=sample.token_log_probs.numel(),
+        resamples=bootstrap,
         seed=seed,
         kernels=kernels,
+        mixtures=mixtures,
         reference=reference,
     )
 
 
-def sampled_rows(group: Tensor, *, limit: int, generator: torch.Generator) -> Tensor:
+def sampled_rows(group: Tensor, *, limit: int, seed: int) -> Tensor:
     """Return the rows of whole prompts, drawn at random, that fit into `limit` pairs, in order.
 
-    Two prompts at least are kept, whatever their size: less cannot be cross-validated.
+    Prompts come in an order that depends on their number and `seed` only, until the next one
+    would pass the limit: a smaller limit draws a part of a larger one's. Two prompts at least are
+    kept, whatever their size: less cannot be cross-validated.
     """
     if group.shape[0] <= limit:
         return torch.arange(group.shape[0])
     index = group_index(group)
     counts = torch.bincount(index)
-    order = torch.randperm(counts.numel(), generator=generator)
+    order = torch.randperm(counts.numel(), generator=torch.Generator().manual_seed(seed))
     fits = counts[order].cumsum(0) <= limit
     fits[:2] = True
     kept = torch.zeros(counts.numel(), dtype=torch.bool)
@@ -90,7 +113,7 @@ def sampled_rows(group: Tensor, *, limit: int, generator: torch.Generator) -> Te
 
 def _kernel_metrics(
     features: ReferenceFeatures, weights: Tensor, *, seed: int, generator: torch.Generator
-) -> tuple[KernelMetrics, ...]:
+) -> tuple[tuple[KernelMetrics, ...], tuple[MixtureMetrics, ...]]:
     raw = PairEmbeddings(
         features.prompt_embedding, features.chosen_embedding, features.rejected_embedding
     )
@@ -98,53 +121,73 @@ def _kernel_metrics(
     prepared = PairEmbeddings(
         geometry.prepare(raw.prompt), geometry.prepare(raw.chosen), geometry.prepare(raw.rejected)
     )
-    fold = grouped_folds(features.group, folds=min(FOLDS, features.prompts), generator=generator)
-    drawn = random_pairs(features.group, generator=generator)
-    return tuple(
-        _measure(
-            KernelName(spec.type),
-            build_kernel(spec, geometry),
-            prepared,
-            weights=weights,
-            fold=fold,
-            drawn=drawn,
+    ruler = _Ruler(
+        embeddings=prepared,
+        weights=weights,
+        fold=grouped_folds(features.group, folds=min(FOLDS, features.prompts), generator=generator),
+        drawn=random_pairs(features.group, generator=generator),
+    )
+    grams: dict[KernelName, Tensor] = {}
+    kernels = []
+    for spec in MEMBERS:
+        kernel = build_kernel(spec, geometry)
+        gram = preference_gram(kernel, prepared.chosen, prepared.rejected)
+        grams[KernelName(spec.type)] = gram
+        kernels.append(ruler.measure(spec, kernel, gram))
+    mixtures = [
+        (spec, ruler.measure(spec, build_kernel(spec, geometry), mixed_gram(spec.weights, grams)))
+        for spec in (MIXTURE, *OTHER_MIXTURES)
+    ]
+    others = tuple(
+        MixtureMetrics(**dict(found), weights=spec.weights) for spec, found in mixtures[1:]
+    )
+    return (*kernels, mixtures[0][1]), others
+
+
+def mixed_gram(weights: MixtureWeights, grams: Mapping[KernelName, Tensor]) -> Tensor:
+    """Preference kernel (N, N) of the mixture, from those of its parts: it is linear in K."""
+    near, far = weights.tau_local, 1.0 - weights.tau_local
+    shares = {
+        KernelName.RBF: near * weights.rbf,
+        KernelName.POLYNOMIAL: near * (1.0 - weights.rbf),
+        KernelName.SPECTRAL: far * weights.spectral,
+        KernelName.MAHALANOBIS: far * (1.0 - weights.spectral),
+    }
+    return torch.stack([share * grams[name] for name, share in shares.items()]).sum(0)
+
+
+@dataclass(frozen=True)
+class _Ruler:
+    """What every kernel is measured with: the same pairs, resamples, folds and random pairs."""
+
+    embeddings: PairEmbeddings
+    weights: Tensor
+    fold: Tensor
+    drawn: RandomPairs
+
+    def measure(self, spec: KernelSpec, kernel: Kernel, gram: Tensor) -> KernelMetrics:
+        """Measure one kernel; `gram` is its preference kernel (N, N)."""
+        e = self.embeddings
+        distances = kernel_distances(kernel, e.prompt, e.chosen, e.rejected, drawn=self.drawn)
+        return KernelMetrics(
+            kernel=spec.type,
+            pnd=estimate(pnd(distances, self.weights)),
+            pnav=estimate(pnav(distances, self.weights)),
+            tat=estimate(tat(distances, self.weights)),
+            nag=estimate(nag(distances, self.weights)),
+            kpa=estimate(kpa(gram, fold=self.fold, weights=self.weights)),
         )
-        for spec in KERNELS
-    )
-
-
-def _measure(
-    name: KernelName,
-    kernel: Kernel,
-    e: PairEmbeddings,
-    *,
-    weights: Tensor,
-    fold: Tensor,
-    drawn: RandomPairs,
-) -> KernelMetrics:
-    distances = kernel_distances(kernel, e.prompt, e.chosen, e.rejected, drawn=drawn)
-    return KernelMetrics(
-        kernel=name.value,
-        pnd=estimate(pnd(distances, weights)),
-        pnav=estimate(pnav(distances, weights)),
-        tat=estimate(tat(distances, weights)),
-        nag=estimate(nag(distances, weights)),
-        kpa=estimate(kpa(kernel, e.chosen, e.rejected, fold=fold, weights=weights)),
-    )
 
 
 def _reference_metrics(
-    features: ReferenceFeatures, weights: Tensor, *, generator: torch.Generator
+    features: ReferenceFeatures, weights: Tensor, token_weights: Tensor
 ) -> ReferenceMetrics:
     chosen, rejected = normalized_log_probs(features)
-    kurtosis = robust_kurtosis(
-        features.token_log_probs, resamples=weights.shape[0] - 1, generator=generator
-    )
     lengths = standardized_difference(features.chosen_tokens, features.rejected_tokens, weights)
     return ReferenceMetrics(
         support_overlap=estimate(support_overlap(chosen, rejected, weights)),
         drift_magnitude=estimate(standardized_difference(chosen, rejected, weights).abs()),
-        kurtosis=estimate(kurtosis),
+        kurtosis=estimate(robust_kurtosis(features.token_log_probs, token_weights)),
         smoothness=estimate(weighted_mean(weights, features.entropy)),
         reference_accuracy=estimate(reference_accuracy(chosen, rejected, weights)),
         length_bias=estimate(lengths),

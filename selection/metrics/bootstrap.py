@@ -34,12 +34,17 @@ def weighted_variance(weights: Tensor, x: Tensor) -> Tensor:
     return (weighted_mean(weights, shifted.square()) - mean.square()).clamp_min(0.0)
 
 
-def weighted_median(weights: Tensor, x: Tensor) -> Tensor:
-    """Smallest x with at least half of the weight at or below it, (B,)."""
+def weighted_quantile(weights: Tensor, x: Tensor, *, level: float) -> Tensor:
+    """Smallest x with at least `level` of the weight at or below it, (B,)."""
     values, order = x.sort()
     total = weights[:, order].double().cumsum(-1)
-    position = (total < total[:, -1:] / 2).sum(-1)
-    return values[position]
+    position = (total < total[:, -1:] * level).sum(-1)
+    return values[position.clamp_max(values.numel() - 1)]
+
+
+def weighted_median(weights: Tensor, x: Tensor) -> Tensor:
+    """Smallest x with at least half of the weight at or below it, (B,)."""
+    return weighted_quantile(weights, x, level=0.5)
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

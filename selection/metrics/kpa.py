@@ -12,21 +12,31 @@ RIDGE = 1.0
 # Two held-out scores share the product of their labels, so they are not independent. On shuffled
 # labels the spread of KPA over datasets was 1.1 to 1.26 times that of the bootstrap.
 WIDENING = 1.25
+# Differences of kernel values, computed in float32, say nothing below this.
+_ROUNDING = 1e-6
 
 
 def preference_gram(kernel: Kernel, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """k((+,-), (+',-')) = K(+,+') - K(+,-') - K(-,+') + K(-,-') for (N, k) each, float64 (N, N).
+    """k((+,-), (+',-')) = K(+,+') - K(+,-') - K(-,+') + K(-,-') for (N, k) each, (N, N).
 
-    The preference kernel of Chu & Ghahramani (2005), scaled to a mean diagonal of 1 so that the
-    ridge means the same for every kernel; all zeros where no pair differs.
+    The preference kernel of Chu & Ghahramani (2005), in the precision of the embeddings. It is
+    linear in K: that of a mixture is the mixture of those of its parts.
     """
-    responses = torch.cat([chosen, rejected])
-    gram = kernel.log_gram(responses, responses).double().exp()
     n = chosen.shape[0]
+    responses = torch.cat([chosen, rejected])
+    gram = kernel.log_gram(responses, responses).exp()
     k = gram[:n, :n] - gram[:n, n:] - gram[n:, :n] + gram[n:, n:]
-    k = (k + k.T) / 2
+    return (k + k.T) / 2
+
+
+def normalized(k: Tensor) -> Tensor:
+    """Return k in float64 with a mean diagonal of 1, so that the ridge means the same for all.
+
+    All zeros where no pair differs.
+    """
+    k = k.double()
     level = k.diagonal().mean()
-    return k / level if float(level) > 0.0 else torch.zeros_like(k)
+    return k / level if float(level) > _ROUNDING else torch.zeros_like(k)
 
 
 def grouped_folds(group: Tensor, *, folds: int, generator: torch.Generator) -> Tensor:
@@ -54,15 +64,14 @@ def held_out_scores(k: Tensor, fold: Tensor, *, ridge: float) -> Tensor:
     return scores
 
 
-def kpa(
-    kernel: Kernel, chosen: Tensor, rejected: Tensor, *, fold: Tensor, weights: Tensor
-) -> Tensor:
+def kpa(gram: Tensor, *, fold: Tensor, weights: Tensor) -> Tensor:
     """Share of pairs that a fit on the other folds orders right, ties half, (B,), in [0, 1].
 
-    The bootstrap resamples the held-out pairs and does not refit; its deviations are widened by
-    1.25 for the dependence of the fits. A score below rounding is a tie.
+    `gram` (N, N) is the preference kernel. The bootstrap resamples the held-out pairs and does not
+    refit; its deviations are widened by 1.25 for the dependence of the fits. A score below
+    rounding is a tie.
     """
-    scores = held_out_scores(preference_gram(kernel, chosen, rejected), fold, ridge=RIDGE)
+    scores = held_out_scores(normalized(gram), fold, ridge=RIDGE)
     right = torch.where(scores.abs() <= 1e-9, 0.5, (scores > 0).double())
     shares = weighted_mean(weights, right)
     return (shares[0] + WIDENING * (shares - shares[0])).clamp(0.0, 1.0)

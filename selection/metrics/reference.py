@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from selection.features import ReferenceFeatures
-from selection.metrics.bootstrap import ratio, weighted_mean, weighted_variance
+from selection.metrics.bootstrap import ratio, weighted_mean, weighted_quantile, weighted_variance
 
 _GRID = 256
 # (Q(.975) - Q(.025)) / (Q(.75) - Q(.25)) of a normal distribution.
 _NORMAL_SPREAD = 2.9058467
-TOKEN_SAMPLE = 4096
 
 
 def normalized_log_probs(features: ReferenceFeatures) -> tuple[Tensor, Tensor]:
@@ -61,22 +60,16 @@ def reference_accuracy(chosen: Tensor, rejected: Tensor, weights: Tensor) -> Ten
     return weighted_mean(weights, right)
 
 
-def robust_kurtosis(
-    token_log_probs: Tensor, *, resamples: int, generator: torch.Generator
-) -> Tensor:
-    """(Q.975 - Q.025) / (Q.75 - Q.25) - 2.91 of token log-probs, (resamples + 1,).
+def robust_kurtosis(token_log_probs: Tensor, weights: Tensor) -> Tensor:
+    """(Q.975 - Q.025) / (Q.75 - Q.25) - 2.91 of token log-probs (M,) under weights (B, M), (B,).
 
     Crow & Siddiqui's quantile form of excess kurtosis: 0 for a normal, 1.4 for a Laplace
-    distribution; 0 where the middle half does not vary. Tokens, not prompts, are resampled, at
-    most 4,096 of them.
+    distribution; 0 where the middle half does not vary.
     """
-    x = token_log_probs.double()
-    if x.numel() > TOKEN_SAMPLE:
-        x = x[torch.randperm(x.numel(), generator=generator)[:TOKEN_SAMPLE]]
-    drawn = torch.randint(x.numel(), (resamples, x.numel()), generator=generator)
-    rows = torch.cat([x.unsqueeze(0), x[drawn]]).sort(dim=-1).values
-    last = x.numel() - 1
-    q = {p: rows[:, round(p * last)] for p in (0.025, 0.25, 0.75, 0.975)}
+    q = {
+        level: weighted_quantile(weights, token_log_probs.double(), level=level)
+        for level in (0.025, 0.25, 0.75, 0.975)
+    }
     middle = q[0.75] - q[0.25]
     spread = ratio(q[0.975] - q[0.025], middle)
     return torch.where(middle > 0, spread - _NORMAL_SPREAD, torch.zeros_like(spread))

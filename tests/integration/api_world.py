@@ -280,7 +280,8 @@ def recommendation() -> Recommendation:
         kernel="rbf", divergence="kl", runner_up=ranking[1], margin=0.5, confidence=0.8,
         separated=True, kernels_separated=True, summary="rbf with kl", ranking=ranking,
         profile=DatasetProfile(
-            pairs=30, prompts=30, sampled_pairs=30, seed=0,
+            pairs=30, prompts=30, sampled_pairs=30, sampled_prompts=30, max_pairs=2000,
+            sampled_tokens=100, resamples=200, seed=0, mixtures=(),
             kernels=(KernelMetrics(kernel="rbf", pnd=one, pnav=one, tat=one, nag=one, kpa=one),),
             reference=ReferenceMetrics(
                 support_overlap=one, drift_magnitude=one, kurtosis=one, smoothness=one,

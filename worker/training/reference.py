@@ -19,7 +19,7 @@ from worker.training.tokenize import TokenizedPair
 
 TOKEN_SAMPLE = 4096
 FORWARD_TOKENS = 4_096
-FORMAT = "kdpo-reference-3"
+FORMAT = "kdpo-reference-4"
 _TOKENIZER_FILES = frozenset(
     {
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"),
@@ -36,7 +36,8 @@ class ReferenceTable:
     """What the reference says about N pairs, on the CPU, float32, in the order of the pairs.
 
     Embeddings (N, H), log-probs (N,) summed over response tokens, `entropy` (N,) mean next-token
-    entropy over response tokens divided by log V, `token_log_probs` (M,) an even sample of tokens.
+    entropy over response tokens divided by log V, `token_log_probs` (M,) an even sample of tokens,
+    `token_pair` (M,) int64 the pairs that they are from.
     """
 
     prompt_embedding: Tensor
@@ -46,6 +47,7 @@ class ReferenceTable:
     rejected_log_prob: Tensor
     entropy: Tensor
     token_log_probs: Tensor
+    token_pair: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -63,6 +65,7 @@ class ReferenceTable:
             InvalidInput: fewer than two prompts, or numbers that are not finite.
         """
         groups: dict[str, int] = {}
+        group = torch.tensor([groups.setdefault(p.group_id, len(groups)) for p in pairs])
         return ReferenceFeatures(
             prompt_embedding=self.prompt_embedding,
             chosen_embedding=self.chosen_embedding,
@@ -72,8 +75,9 @@ class ReferenceTable:
             chosen_tokens=torch.tensor([float(len(p.chosen)) for p in pairs]),
             rejected_tokens=torch.tensor([float(len(p.rejected)) for p in pairs]),
             token_log_probs=self.token_log_probs,
+            token_group=group[self.token_pair],
             entropy=self.entropy,
-            group=torch.tensor([groups.setdefault(p.group_id, len(groups)) for p in pairs]),
+            group=group,
         )
 
 
@@ -127,6 +131,7 @@ def compute_reference(
     responses = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     stride = max(1, math.ceil(responses / TOKEN_SAMPLE))
     sampled: list[Tensor] = []
+    sampled_from: list[Tensor] = []
     done, seen = 0, 0
     groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
     with policy.as_reference():
@@ -151,11 +156,15 @@ def compute_reference(
             ):
                 out[name][rows] = value.float().cpu()
             # Every stride-th response token of the whole pass, wherever batches end.
-            sampled.append(scores.log_prob[-seen % stride :: stride].float().cpu())
+            evenly = slice(-seen % stride, None, stride)
+            sampled.append(scores.log_prob[evenly].float().cpu())
+            sampled_from.append(torch.tensor(rows)[(batch.row % batch.pairs)[evenly].cpu()])
             seen += scores.log_prob.shape[0]
             done += len(group)
             progress(done, n)
-    return ReferenceTable(**out, token_log_probs=torch.cat(sampled))
+    return ReferenceTable(
+        **out, token_log_probs=torch.cat(sampled), token_pair=torch.cat(sampled_from)
+    )
 
 
 def _combined(files: Sequence[Path]) -> str:

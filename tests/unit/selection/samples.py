@@ -26,6 +26,7 @@ def features(
     counts = torch.randint(5, 60, (2, pairs), generator=generator).float()
     log_probs = -counts * (1.0 + 0.2 * torch.rand(2, pairs, generator=generator))
     return ReferenceFeatures(
+        token_group=torch.arange(2000) * pairs // 2000 // pairs_per_prompt,
         prompt_embedding=prompt,
         chosen_embedding=chosen,
         rejected_embedding=rejected,
@@ -52,6 +53,7 @@ def shuffled(data: ReferenceFeatures, *, seed: int) -> ReferenceFeatures:
         chosen_tokens=torch.where(coin, data.rejected_tokens, data.chosen_tokens),
         rejected_tokens=torch.where(coin, data.chosen_tokens, data.rejected_tokens),
         token_log_probs=data.token_log_probs,
+        token_group=data.token_group,
         entropy=data.entropy,
         group=data.group,
     )
@@ -92,7 +94,12 @@ def profile(
         pairs=600,
         prompts=300,
         sampled_pairs=600,
+        sampled_prompts=300,
+        max_pairs=2000,
+        sampled_tokens=4000,
+        resamples=200,
         seed=0,
+        mixtures=(),
         kernels=tuple(
             kernel_metrics(
                 name, kpa=kpa.get(name, default_kpa), tat=tat.get(name, 0.3), nag=nag, half=half

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from core.spec import KernelSpec, RbfKernelSpec
+from core.spec import KernelName, KernelSpec, MixtureKernelSpec, RbfKernelSpec
 from objectives.build import build_kernel
 from objectives.geometry import fit_geometry
 from objectives.types import PairEmbeddings
@@ -18,12 +18,18 @@ from selection.metrics.distances import (
     kernel_distances,
     random_pairs,
 )
-from selection.metrics.kpa import grouped_folds, held_out_scores, kpa, preference_gram
+from selection.metrics.kpa import (
+    grouped_folds,
+    held_out_scores,
+    kpa,
+    normalized,
+    preference_gram,
+)
 from selection.metrics.nag import nag
 from selection.metrics.pnav import pnav
 from selection.metrics.pnd import pnd
 from selection.metrics.tat import tat
-from selection.profile import KERNELS, sampled_rows
+from selection.profile import KERNELS, MEMBERS, OTHER_MIXTURES, mixed_gram, sampled_rows
 from tests.unit.selection.samples import features
 
 ONES = torch.ones(1, 4)
@@ -169,9 +175,9 @@ def prepared(pairs: int, *, signal: float, seed: int = 0):
 
 def test_preference_kernel_is_antisymmetric_under_a_swap_and_psd():
     kernel, chosen, rejected, _ = prepared(30, signal=0.5)
-    k = preference_gram(kernel, chosen, rejected)
-    swapped = preference_gram(kernel, torch.cat([rejected[:1], chosen[1:]]),
-                              torch.cat([chosen[:1], rejected[1:]]))  # fmt: skip
+    k = normalized(preference_gram(kernel, chosen, rejected))
+    swapped = normalized(preference_gram(kernel, torch.cat([rejected[:1], chosen[1:]]),
+                                         torch.cat([chosen[:1], rejected[1:]])))  # fmt: skip
     torch.testing.assert_close(swapped[0, 1:], -k[0, 1:], rtol=1e-4, atol=1e-6)
     assert k.diagonal().mean().item() == pytest.approx(1.0)
     assert torch.linalg.eigvalsh(k).min() > -1e-5
@@ -179,7 +185,7 @@ def test_preference_kernel_is_antisymmetric_under_a_swap_and_psd():
 
 def test_held_out_scores_equal_a_fit_for_every_fold():
     kernel, chosen, rejected, group = prepared(50, signal=0.7)
-    k = preference_gram(kernel, chosen, rejected)
+    k = normalized(preference_gram(kernel, chosen, rejected))
     fold = grouped_folds(group, folds=5, generator=torch.Generator().manual_seed(1))
     expected = torch.empty_like(k[0])
     for number in range(5):
@@ -201,8 +207,24 @@ def test_kpa_of_a_clean_direction_is_near_one_and_of_identical_responses_a_half(
     kernel, chosen, rejected, group = prepared(100, signal=12.0)
     fold = grouped_folds(group, folds=5, generator=torch.Generator().manual_seed(0))
     weights = torch.ones(1, 100)
-    assert kpa(kernel, chosen, rejected, fold=fold, weights=weights).item() > 0.97
-    assert kpa(kernel, chosen, chosen, fold=fold, weights=weights).item() == 0.5
+    apart, same = (preference_gram(kernel, chosen, other) for other in (rejected, chosen))
+    assert kpa(apart, fold=fold, weights=weights).item() > 0.97
+    assert kpa(same, fold=fold, weights=weights).item() == 0.5
+
+
+@pytest.mark.parametrize("spec", [KERNELS[-1], *OTHER_MIXTURES], ids=["even", "local", "global"])
+def test_the_preference_kernel_of_a_mixture_is_the_mixture_of_its_parts(spec: MixtureKernelSpec):
+    data = features(30, seed=1)
+    raw = PairEmbeddings(data.prompt_embedding, data.chosen_embedding, data.rejected_embedding)
+    geometry = fit_geometry(raw, seed=0)
+    chosen, rejected = geometry.prepare(raw.chosen), geometry.prepare(raw.rejected)
+    grams = {
+        KernelName(part.type): preference_gram(build_kernel(part, geometry), chosen, rejected)
+        for part in MEMBERS
+    }
+    with torch.no_grad():
+        whole = preference_gram(build_kernel(spec, geometry), chosen, rejected)
+    torch.testing.assert_close(mixed_gram(spec.weights, grams), whole, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- reference
@@ -251,16 +273,26 @@ def test_robust_kurtosis_is_that_of_scipys_quantiles(distribution, tolerance: fl
     grid = (torch.arange(4000) + 0.5) / 4000
     q = distribution.ppf([0.025, 0.25, 0.75, 0.975])
     expected = (q[3] - q[0]) / (q[2] - q[1]) - 2 * 1.959964 / (2 * 0.6744898)
-    found = ref.robust_kurtosis(
-        torch.tensor(distribution.ppf(grid.numpy())), resamples=0, generator=torch.Generator()
-    )
+    found = ref.robust_kurtosis(torch.tensor(distribution.ppf(grid.numpy())), torch.ones(1, 4000))
     assert found.item() == pytest.approx(expected, abs=tolerance)
 
 
 def test_robust_kurtosis_of_constant_tokens_is_zero():
+    assert ref.robust_kurtosis(torch.zeros(9), torch.ones(4, 9)).tolist() == [0.0] * 4
+
+
+def test_interval_of_kurtosis_is_over_prompts_and_not_over_tokens():
+    """Tokens of a prompt come along together: with copies of one, the interval stays as wide."""
     generator = torch.Generator().manual_seed(0)
-    found = ref.robust_kurtosis(torch.zeros(9), resamples=3, generator=generator)
-    assert found.tolist() == [0.0] * 4
+    once = torch.randn(80, generator=generator)
+
+    def width(copies: int) -> float:
+        group = torch.arange(80).repeat_interleave(copies)
+        weights = bs.group_weights(group, resamples=400, generator=generator)
+        found = bs.estimate(ref.robust_kurtosis(once.repeat_interleave(copies), weights))
+        return found.high - found.low
+
+    assert width(20) == pytest.approx(width(1), rel=0.25)
 
 
 # ---------------------------------------------------------------- bootstrap
@@ -310,9 +342,8 @@ def test_estimate_holds_its_value_even_where_resamples_are_biased():
 
 def test_sample_takes_whole_prompts_and_everything_that_fits():
     group = torch.arange(60) // 3
-    generator = torch.Generator().manual_seed(0)
-    assert sampled_rows(group, limit=60, generator=generator).tolist() == list(range(60))
-    rows = sampled_rows(group, limit=20, generator=generator)
+    assert sampled_rows(group, limit=60, seed=0).tolist() == list(range(60))
+    rows = sampled_rows(group, limit=20, seed=0)
     assert rows.numel() == 18
     assert torch.bincount(group[rows]).unique().tolist() == [0, 3]
     assert rows.tolist() == sorted(rows.tolist())
@@ -320,5 +351,13 @@ def test_sample_takes_whole_prompts_and_everything_that_fits():
 
 def test_two_prompts_are_kept_however_large():
     group = torch.tensor([0] * 50 + [1] * 50)
-    rows = sampled_rows(group, limit=10, generator=torch.Generator().manual_seed(0))
+    rows = sampled_rows(group, limit=10, seed=0)
     assert rows.numel() == 100
+
+
+def test_a_smaller_sample_is_a_part_of_a_larger_one_and_another_seed_draws_another():
+    group = torch.arange(300) // 3
+    small, large = (sampled_rows(group, limit=limit, seed=5) for limit in (30, 120))
+    assert set(small.tolist()) < set(large.tolist())
+    assert sampled_rows(group, limit=30, seed=5).tolist() == small.tolist()
+    assert sampled_rows(group, limit=30, seed=6).tolist() != small.tolist()

@@ -1,5 +1,6 @@
 import dataclasses
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, Estimate
 from core.spec import KernelName
-from selection.profile import profile_dataset
+from selection.profile import profile_dataset, sampled_rows
 from selection.recommender import recommend
 from tests.unit.selection.samples import features, shuffled
 
@@ -15,12 +16,14 @@ from tests.unit.selection.samples import features, shuffled
 # whitening finds it, distances and cosines do not.
 QUIET_AXIS = torch.tensor([0.03, *[1.0] * 11])
 
+Utility = Callable[[torch.Tensor], torch.Tensor]
+
 
 def estimates(profile: DatasetProfile) -> dict[str, Estimate]:
     found = {}
-    for entry in profile.kernels:
+    for number, entry in enumerate((*profile.kernels, *profile.mixtures)):
         found |= {
-            f"{entry.kernel}.{name}": getattr(entry, name)
+            f"{number}.{entry.kernel}.{name}": getattr(entry, name)
             for name in ("pnd", "pnav", "tat", "nag", "kpa")
         }
     for name in type(profile.reference).model_fields:
@@ -41,6 +44,61 @@ def test_the_kernel_whose_geometry_carries_the_preference_is_first(carried_by_ma
     assert found.kernel == KernelName.MAHALANOBIS
     assert found.kernels_separated
     assert "Kernels differ: mahalanobis" in found.summary
+
+
+def judged_by(utility: Utility, first: torch.Tensor, second: torch.Tensor) -> DatasetProfile:
+    """Profile of pairs of responses of which the one of greater utility is chosen."""
+    wins = (utility(first) > utility(second)).unsqueeze(-1)
+    pairs, dim = first.shape
+    data = dataclasses.replace(
+        features(pairs, dim=dim, pairs_per_prompt=1),
+        chosen_embedding=torch.where(wins, first, second),
+        rejected_embedding=torch.where(wins, second, first),
+    )
+    return profile_dataset(data, seed=0)
+
+
+def test_a_preference_for_a_direction_is_carried_by_the_kernel_of_angles():
+    """Lengths vary wildly and say nothing; the utility is a product of two cosines."""
+    generator = torch.Generator().manual_seed(0)
+
+    def responses() -> torch.Tensor:
+        direction = torch.nn.functional.normalize(torch.randn(500, 6, generator=generator), dim=-1)
+        return direction * torch.exp(1.5 * torch.randn(500, 1, generator=generator))
+
+    def utility(y: torch.Tensor) -> torch.Tensor:
+        direction = torch.nn.functional.normalize(y, dim=-1)
+        return direction[:, 0] * direction[:, 1]
+
+    found = recommend(judged_by(utility, responses(), responses()))
+    assert found.kernel == KernelName.POLYNOMIAL
+    assert found.kernels_separated
+
+
+def test_a_preference_for_length_is_carried_by_distances_and_not_by_angles():
+    """Four loud axes of which the length counts beside 58 quiet ones: whitening drowns it.
+
+    The spectral kernel is made of the rbf one's leading eigenfunctions, so these two tie.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0] * 4 + [0.03] * 58)
+    first, second = (torch.randn(500, 62, generator=generator) * scales for _ in range(2))
+    found = judged_by(lambda y: y[:, :4].norm(dim=-1), first, second)
+    kpa = {entry.kernel: entry.kpa for entry in found.kernels}
+    for near in ("rbf", "spectral"):
+        assert kpa[near].low > 0.85
+        assert kpa[near].low > max(kpa["polynomial"].high, kpa["mahalanobis"].high) + 0.1
+    recommended = recommend(found)
+    assert recommended.kernel in (KernelName.RBF, KernelName.SPECTRAL)
+    assert not recommended.kernels_separated
+
+
+def test_mixtures_follow_the_half_that_carries_the_preference(carried_by_mahalanobis):
+    """Mahalanobis is a global kernel: the more weight on that half, the more is predicted."""
+    even = carried_by_mahalanobis.kernels[-1].kpa.value
+    local, distant = carried_by_mahalanobis.mixtures
+    assert (local.weights.tau_local, distant.weights.tau_local) == (0.9, 0.1)
+    assert local.kpa.value < even < distant.kpa.value
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +190,19 @@ def test_only_the_sample_is_measured_and_reported():
     data = features(210, pairs_per_prompt=3)
     found = profile_dataset(data, seed=0, bootstrap=5, max_pairs=200)
     assert (found.pairs, found.prompts, found.sampled_pairs) == (210, 70, 198)
+    assert (found.sampled_prompts, found.max_pairs, found.resamples) == (66, 200, 5)
+    assert found.sampled_tokens == 2000
+
+
+def test_measuring_a_sample_is_measuring_the_data_that_it_is_drawn_from():
+    """A job may run the reference over the sample alone: every number is the same."""
+    data = features(210, pairs_per_prompt=3)
+    rows = sampled_rows(data.group, limit=100, seed=4)
+    whole = profile_dataset(data, seed=4, bootstrap=20, max_pairs=100)
+    part = profile_dataset(
+        data.take(rows), seed=4, bootstrap=20, max_pairs=100, drawn_from=(210, 70)
+    )
+    assert part == whole
 
 
 def test_two_prompts_are_enough():

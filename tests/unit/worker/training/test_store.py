@@ -158,6 +158,15 @@ def test_the_token_sample_is_even_over_all_batches(
     sample = compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
     stride = -(-len(tokens) // (len(tokens) // 5))
     assert torch.equal(sample.token_log_probs, tokens[::stride])
+    assert torch.equal(sample.token_pair, everything.token_pair[::stride])
+
+
+def test_sampled_tokens_know_their_pairs(bench: Bench) -> None:
+    table = compute_reference(bench.policy, bench.pairs, progress=ignore_progress)
+    answers = [len(pair.chosen) + len(pair.rejected) for pair in bench.pairs]
+    assert torch.bincount(table.token_pair).tolist() == answers
+    sums = torch.zeros(PAIRS).index_add(0, table.token_pair, table.token_log_probs)
+    torch.testing.assert_close(sums, table.chosen_log_prob + table.rejected_log_prob)
 
 
 def test_states_go_to_the_file_while_the_pass_runs(bench: Bench, tmp_path: Path) -> None:
