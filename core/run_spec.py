@@ -35,6 +35,13 @@ class FinalRunSpec(SpecModel):
     gradient_checkpointing: bool = Field(
         default=False, description="compute a layer again in the backward pass: less memory"
     )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=16_777_216,
+        description="most tokens that go through the model at once, a longer pair excepted; null: "
+        "what suits the device. Steps are the same however they are cut",
+    )
     eval_every: float | None = Field(
         default=None,
         gt=0.0,

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -124,6 +124,12 @@ class TrainingSettings(_Group):
         default=20_480 * MIB, ge=0, description="of all references on disk; the unused go first"
     )
     progress_every_s: float = Field(default=1.0, gt=0)
+    num_processes: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        default="auto", description="of a final run; auto: as many as there are GPUs, 1 on a CPU"
+    )
+    sharding: Literal["none", "fsdp2"] = Field(
+        default="none", description="fsdp2: each process of a final run keeps a part of the weights"
+    )
     trackers: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="that final runs report to, e.g. tensorboard, mlflow, wandb"
     )

@@ -1,6 +1,6 @@
 """What every job with a model works on: the resident model, the tokenised splits, the reference."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from core.errors import FailureCode, RunAborted
@@ -9,6 +9,7 @@ from core.lifecycle import Phase
 from core.modelref import ModelRef
 from core.run_spec import TrainSpec
 from core.spec import (
+    KernelTerm,
     ObjectiveSpec,
     PenaltyTerm,
 )
@@ -27,14 +28,15 @@ from worker.ingest.pipeline import CANONICAL_NAME
 from worker.jobs.runs import RunRequest, splits_with_states, weights_learning_rate
 from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
 from worker.training.checkpoint import Identity
+from worker.training.distributed import resolve_processes, score, train_ranked
 from worker.training.encoder import encode_rows
-from worker.training.evaluate import Measured, TrialScore, measure, trial_score
+from worker.training.evaluate import Measured, measure
 from worker.training.export import versions
 from worker.training.folders import file_sha256
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
+from worker.training.rank_job import HeldOut, RankJob
 from worker.training.reference import (
-    Progress,
     ReferenceTable,
     model_sha256,
     reference_key,
@@ -47,7 +49,7 @@ from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
-from worker.training.trainer import Leave, Validate, check_trackers, train_final
+from worker.training.trainer import Leave, check_trackers, train_final
 
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
 _PASSES_SHARE = 0.1
@@ -75,6 +77,7 @@ class Workbench:
         self.spec = spec
         self.seed = context.job.seed
         self.threads = threads
+        self.processes = resolve_processes(context.settings.training, policy.device)
         self._folder = folder
         self._encoder = encoder
         self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
@@ -176,17 +179,57 @@ class Workbench:
                 hooks=hooks,
                 store=self.store(request),
             )
-        validate = None
-        if plan.eval_steps is not None:
-            validate = self._validation(self.reference_states(Split.VALIDATION, passes))
+        folder = self.context.attempt_dir / "trainer" / request.scope
+        trackers = self.context.settings.training.trackers
+        held_out = self._held_out(passes) if plan.eval_steps is not None else None
+        if self.processes > 1:
+            return train_ranked(
+                self._rank_job(request.objective, plan, rate, data, held_out),
+                self.policy,
+                size=self.processes,
+                hooks=hooks,
+                folder=folder,
+                store=self.store(request),
+                trackers=trackers,
+                leave=leave,
+            )
         return train_final(
             TrainingRun(self.policy, objective, data, plan=plan, weights_learning_rate=rate),
             hooks=hooks,
-            folder=self.context.attempt_dir / "trainer" / request.scope,
+            folder=folder,
             store=self.store(request),
-            validate=validate,
-            trackers=self.context.settings.training.trackers,
+            validate=None if held_out is None else partial(score, self.policy, held_out),
+            trackers=trackers,
             leave=leave,
+        )
+
+    def _held_out(self, span: Span) -> HeldOut:
+        states = self.reference_states(Split.VALIDATION, span)
+        return HeldOut(self.pairs[Split.VALIDATION], states)
+
+    def _rank_job(
+        self,
+        objective: ObjectiveSpec,
+        plan: TrainPlan,
+        rate: float,
+        data: TrainingData,
+        held_out: HeldOut | None,
+    ) -> RankJob:
+        term = objective.kernel_term
+        settings = self.context.settings
+        return RankJob(
+            model=self._folder,
+            spec=self.spec,
+            objective=objective,
+            geometry=None if term is None else self._geometries[self._source(term)],
+            data=data,
+            plan=plan,
+            weights_learning_rate=rate,
+            held_out=held_out,
+            device=self.policy.device.type,
+            sharded=settings.training.sharding == "fsdp2",
+            threads=max(1, self.threads // self.processes),
+            choices=settings.attention_dir,
         )
 
     def _inputs(self, spec: ObjectiveSpec, passes: Span) -> tuple[HybridObjective, TrainingData]:
@@ -203,14 +246,6 @@ class Workbench:
             else None,
         )
         return build_objective(spec, geometry=geometry, head=head.weight), data
-
-    def _validation(self, states: ReferenceStates | None) -> Validate:
-        pairs = self.pairs[Split.VALIDATION]
-
-        def validate(progress: Progress) -> TrialScore:
-            return trial_score(measure(self.policy, pairs, reference=states, progress=progress))
-
-        return validate
 
     def measure(self, split: Split, *, span: Span) -> Measured:
         """Measure the policy as it is on a split."""
@@ -257,6 +292,8 @@ class Workbench:
             "adaptation": self.spec.adaptation,
             "lora": None if self.policy.is_full else self.spec.lora.model_dump_json(),
             "gradient_checkpointing": self.spec.gradient_checkpointing,
+            "processes": self.processes if request.is_final else 1,
+            "sharding": self.context.settings.training.sharding if request.is_final else "none",
             "encoder": None if self._encoder is None else self._encoder.model_dump_json(),
             "reference_states_bytes": self.context.settings.training.reference_states_bytes,
             "threads": self.threads,
@@ -272,13 +309,17 @@ class Workbench:
         if term is None:
             return None, None
         embeddings = self.reference(span).embeddings
-        source = "reference"
-        if term.embedding == "encoder" and self._encoder is not None:
-            source = "encoder"
+        source = self._source(term)
+        if source == "encoder":
+            assert self._encoder is not None
             embeddings = self._encoded(self._encoder, span)
         if source not in self._geometries:
             self._geometries[source] = fit_geometry(embeddings, seed=self.seed)
         return (embeddings if term.embedding == "encoder" else None), self._geometries[source]
+
+    def _source(self, term: KernelTerm) -> str:
+        """Whose embeddings the kernel's frame is fitted on."""
+        return "encoder" if term.embedding == "encoder" and self._encoder else "reference"
 
     def _encoded(self, encoder: ModelRef, span: Span) -> PairEmbeddings:
         if self._encodings is None:

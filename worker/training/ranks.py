@@ -1,6 +1,6 @@
 """The processes that train together: what each computes, and how they agree.
 
-Everything else reads as if there were one process: with one, all of this is the identity.
+Everything else reads as if there were one process; with one, all of this is the identity.
 """
 
 from collections.abc import Sequence
@@ -10,41 +10,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from worker.training.batches import Form, computed_tokens, spread
+from worker.training.batches import Form, computed_tokens, micro_batches, spread
 from worker.training.tokenize import TokenizedPair
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `size`; `control` is a group of CPU tensors that they agree over."""
+    """Process `rank` of `size`.
+
+    Of `sharded` ones each has a part of the weights, so that all of them have to run the model
+    equally often.
+    """
 
     rank: int = 0
     size: int = 1
-    control: "dist.ProcessGroup | None" = None
+    sharded: bool = False
 
     @property
     def is_first(self) -> bool:
         """Whether this process reports and saves."""
         return self.rank == 0
 
-    def share(
-        self, pairs: Sequence[TokenizedPair], index: Sequence[int], *, form: Form
-    ) -> list[int]:
-        """This process's part of a step's pairs, with as many tokens as the others'.
+    def micro_batches(
+        self,
+        pairs: Sequence[TokenizedPair],
+        index: Sequence[int],
+        *,
+        max_tokens: int,
+        form: Form,
+    ) -> list[list[int]]:
+        """This process's micro-batches of a step; the processes have equally many tokens of it.
 
-        A pure function of its arguments; together the parts are the step.
+        A pure function of its arguments. Groups may be empty where processes are sharded and
+        others have more of them.
         """
         if self.size == 1:
-            return list(index)
+            return micro_batches(pairs, index, max_tokens=max_tokens, form=form)
         sizes = {i: computed_tokens(pairs[i], form) for i in index}
-        return spread(index, sizes, self.size)[self.rank]
+        shares = spread(index, sizes, self.size)
+        groups = [micro_batches(pairs, s, max_tokens=max_tokens, form=form) for s in shares]
+        mine = groups[self.rank]
+        if self.sharded:
+            mine = mine + [[]] * (max(len(g) for g in groups) - len(mine))
+        return mine
 
-    def sum(self, values: dict[str, Tensor], *, weight: float) -> dict[str, Tensor]:
-        """Sum of the processes' scalars, this one's times `weight`."""
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of the processes' scalars."""
         if self.size == 1:
             return values
         names = sorted(values)
-        total = torch.stack([values[name].detach() * weight for name in names])
+        total = torch.stack([values[name].detach().float() for name in names])
         dist.all_reduce(total)
         return dict(zip(names, total.unbind(), strict=True))
 
@@ -53,8 +68,10 @@ class Ranks:
         if self.size == 1:
             return list(values)
         told = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(told, src=0, group=self.control)
-        return told.tolist()
+        # On the host: a GPU need not be waited for.
+        dist.broadcast(told, src=0)
+        found: list[float] = told.tolist()
+        return found
 
 
 ALONE = Ranks()

@@ -31,6 +31,8 @@ class TrainPlan:
     seed: int
     eval_steps: int | None = None
     patience: int | None = None
+    micro_tokens: int = 0
+    """Budget of a micro-batch; 0: the device's."""
 
     def rate(self, step: int) -> float:
         """Factor on learning rates at step `step` (from 0): warm-up, then constant or linear to 0.
@@ -94,6 +96,7 @@ def resolve_plan(
         seed=seed,
         eval_steps=_eval_steps(spec.eval_every, total) if watched else None,
         patience=spec.early_stopping_patience if watched else None,
+        micro_tokens=spec.micro_batch_tokens or 0,
     )
 
 

@@ -6,6 +6,8 @@ depends on is a pure function of the step (data order, learning rate) or part of
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,6 +96,7 @@ class TrainingRun:
         plan: TrainPlan,
         weights_learning_rate: float,
         ranks: Ranks = ALONE,
+        shard: Callable[[PairLoss], None] | None = None,
     ) -> None:
         policy.reset_adapter(plan.seed)
         self.policy = policy
@@ -106,7 +109,12 @@ class TrainingRun:
         self.num_tokens = 0
         self.watch = Watch(patience=plan.patience)
         self.loss = PairLoss(policy, objective)
-        self.pair_step = PairStep(self.loss, policy, data)
+        self.pair_step = PairStep(
+            self.loss, policy, data, max_tokens=plan.micro_tokens, ranks=ranks
+        )
+        if shard is not None:
+            # Before the parameters are asked for: it replaces them.
+            shard(self.loss)
         self._adapter = policy.adapter()
         self._weights = dict(objective.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -123,11 +131,12 @@ class TrainingRun:
         self._seconds_before = 0.0
         self._since = time.monotonic()
 
-    def wrapped(self, module: nn.Module) -> None:
-        """Take note of what trains in place of the plain loss; it may have replaced parameters."""
+    def wrapped(
+        self, module: nn.Module, unsynced: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        """Take note of what trains in place of the plain loss."""
         self.pair_step.module = module
-        self._adapter = self.policy.adapter()
-        self._weights = dict(self.objective.named_parameters())
+        self.pair_step.unsynced = unsynced
 
     def seconds(self) -> float:
         """Time spent by all attempts, not counting work that was lost."""
@@ -161,14 +170,9 @@ class TrainingRun:
             RunAborted: the first step does not begin at the reference.
             torch.OutOfMemoryError: a pair alone does not fit.
         """
-        ranks = self.ranks
-        share = ranks.share(self.data.pairs, index, form=self.policy.form)
-        # What wraps the loss takes the mean over processes, where the sum over pairs is wanted.
         metrics = self.pair_step.accumulate(
-            share, denominator=len(index) / ranks.size, clear=self.optimizer.zero_grad
+            index, denominator=len(index), clear=self.optimizer.zero_grad
         )
-        loss = ranks.sum({"loss": metrics.pop("loss")}, weight=1 / ranks.size)
-        metrics = loss | ranks.sum(metrics, weight=len(share) / len(index))
         norm = torch.nn.utils.clip_grad_norm_(
             list(self._adapter.values()), self.plan.max_grad_norm, foreach=True
         )
@@ -261,7 +265,7 @@ class TrainingRun:
             if name.startswith(_WINDOW)
         }
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.ranks.is_first:
+        if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.policy.device)
 
     def put(self, tensors: dict[str, Tensor]) -> None:

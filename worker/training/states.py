@@ -34,6 +34,8 @@ class ReferenceStates:
     dtype: torch.dtype
     starts: Ints
     lengths: Ints
+    path: Path
+    """The file that is mapped; it may have lost this name since."""
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +94,7 @@ def map_states(
     """Map a file of states without reading it; the mapping outlives the file's name."""
     shape = (int(lengths.sum()), width * dtype.itemsize)
     mapped = np.memmap(path, dtype=np.uint8, mode="r", shape=shape).view(np.ndarray)
-    return ReferenceStates(mapped, dtype=dtype, starts=starts, lengths=lengths)
+    return ReferenceStates(mapped, dtype=dtype, starts=starts, lengths=lengths, path=path)
 
 
 def states_dtype(policy: Policy) -> torch.dtype:

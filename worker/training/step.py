@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from core.spec import PenaltyTerm
 from objectives import HybridObjective, PairEmbeddings, PreferenceBatch, streamed_divergence
-from worker.training.batches import PairBatch, collate, computed_tokens, micro_batches
+from worker.training.batches import PairBatch, collate, computed_tokens
+from worker.training.evaluate import scored_batch
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.model import Policy
+from worker.training.ranks import ALONE, Ranks
 from worker.training.states import ReferenceStates, states_missing
 from worker.training.tokenize import TokenizedPair
 
@@ -55,6 +57,9 @@ class PairLoss(nn.Module):
 
     Gradients of data-parallel wrappers are exchanged only for what runs inside their `forward`.
     """
+
+    is_distributed_loading_by_transformers = False
+    """Trainer's name for a model that is sharded already and must not be wrapped again."""
 
     def __init__(self, policy: Policy, objective: HybridObjective) -> None:
         super().__init__()
@@ -100,6 +105,10 @@ class PairLoss(nn.Module):
         metrics = {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
         return output.loss.sum(), output.regularizer, metrics | output.metrics
 
+    def scored(self, batch: PairBatch, base: Tensor) -> Tensor:
+        """`scored_batch` of the policy, for wrappers that must know when the model runs."""
+        return scored_batch(self._policy, batch, base)
+
 
 @dataclass
 class PairStep:
@@ -116,6 +125,7 @@ class PairStep:
     module: nn.Module | None = None
     unsynced: Callable[[], AbstractContextManager[object]] = nullcontext
     max_tokens: int = 0
+    ranks: Ranks = ALONE
     _chosen: Tensor = field(init=False)
     _rejected: Tensor = field(init=False)
     _frozen: PairEmbeddings | None = field(init=False)
@@ -131,21 +141,23 @@ class PairStep:
         self._frozen = None if frozen is None else _moved(frozen, device)
 
     def accumulate(
-        self, index: Sequence[int], *, denominator: float, clear: Callable[[], None]
+        self, index: Sequence[int], *, denominator: int, clear: Callable[[], None]
     ) -> dict[str, Tensor]:
         """Backward over `index`, with every pair's loss over `denominator`; returns mean metrics.
 
         `clear` drops gradients; it is called first, and again when the step has to begin again.
+        Where several processes train, each does its part, and both results are of the whole.
 
         Raises:
-            torch.OutOfMemoryError: a micro-batch of one pair does not fit.
+            torch.OutOfMemoryError: a micro-batch of one pair does not fit, or, where several
+                processes train, any does not: the others are at another point of the step.
         """
         while True:
             clear()
             try:
-                return self._accumulate(index, denominator=denominator)
+                return self.ranks.sum(self._accumulate(index, denominator=denominator))
             except torch.OutOfMemoryError:
-                if not self._halve(index):
+                if self.ranks.size > 1 or not self._halve(index):
                     raise
             # Outside the handler: the exception's frames hold the tensors that did not fit.
             clear()
@@ -166,29 +178,35 @@ class PairStep:
         return True
 
     def _groups(self, index: Sequence[int]) -> list[list[int]]:
-        return micro_batches(
+        return self.ranks.micro_batches(
             self.data.pairs, index, max_tokens=self.max_tokens, form=self.policy.form
         )
 
-    def _accumulate(self, index: Sequence[int], *, denominator: float) -> dict[str, Tensor]:
+    def _accumulate(self, index: Sequence[int], *, denominator: int) -> dict[str, Tensor]:
         module = self.loss if self.module is None else self.module
         loss_total = self._chosen.new_zeros(())
         totals: dict[str, Tensor] = {}
+        size = self.ranks.size
         for is_last, group in _with_last(self._groups(index)):
+            # Without pairs of its own a process runs one that does not count: others wait for it.
             batch = collate(
-                self.data.pairs, group, form=self.policy.form, device=self.policy.device
+                self.data.pairs,
+                group or [index[0]],
+                form=self.policy.form,
+                device=self.policy.device,
             )
             with nullcontext() if is_last else self.unsynced():
                 losses, regularizer, metrics = module(batch, self._reference(batch))
-                loss = losses / denominator
+                # What wraps the loss takes the mean over processes; the sum is wanted.
+                loss = losses / (denominator / size) if group else losses * 0.0
                 if is_last:
                     loss = loss + regularizer
                 loss.backward()
-            loss_total = loss_total + loss.detach()
+            loss_total = loss_total + loss.detach() / size
             for name, value in metrics.items():
                 if value.ndim == 0:
-                    totals[name] = value
-                else:
+                    totals[name] = value / size
+                elif group:
                     share = value.sum() / len(index)
                     totals[name] = totals[name] + share if name in totals else share
         return {"loss": loss_total, **totals}

@@ -7,12 +7,17 @@ the run that follows it. Nothing is pickled and nothing is sent anywhere.
 
 import logging
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -58,24 +63,42 @@ def train_final(
         RunAborted: the start check fails: the policy does not begin as the reference (`internal`).
         Exception: what `hooks.raise_if_stopped` raises, after a point has been saved.
     """
-    assert (run.plan.eval_steps is None) == (validate is None)
     saved = None if store is None else store.load()
     if saved is not None:
         run.restore(saved)
     ended_by, message = EndedBy.BUDGET, ""
     if saved is None or not saved.ended:
-        trainer = PairTrainer(
-            run, hooks=hooks, store=store, validate=validate, folder=folder, trackers=trackers
+        ended_by, message = drive(
+            run, hooks=hooks, folder=folder, store=store, validate=validate, trackers=trackers
         )
-        try:
-            trainer.train()
-            if store is not None:
-                store.save(run.state(ended=True))
-        except Ended as end:
-            ended_by, message = end.ended_by, str(end)
     if ended_by is EndedBy.BUDGET and run.watch.best and leave == "best":
         run.put(run.watch.best)
     return run.outcome(ended_by, message)
+
+
+def drive(
+    run: TrainingRun,
+    *,
+    hooks: RunHooks,
+    folder: Path,
+    store: ResumeStore | None,
+    validate: Validate | None,
+    trackers: tuple[str, ...] = (),
+) -> tuple[EndedBy, str]:
+    """Train from where the run is to its end; return how it ended, and which pairs are to blame.
+
+    Raises: as `train_final`.
+    """
+    assert (run.plan.eval_steps is None) == (validate is None)
+    trainer = PairTrainer(
+        run, hooks=hooks, store=store, validate=validate, folder=folder, trackers=trackers
+    )
+    try:
+        trainer.train()
+        trainer.save_end()
+    except Ended as end:
+        return end.ended_by, str(end)
+    return EndedBy.BUDGET, ""
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -163,6 +186,15 @@ class PairTrainer(Trainer):
         self.state.global_step = self._started_at
         return progress
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        with warnings.catch_warnings():
+            # Nothing that we pass: accelerate uses a name that torch has since replaced.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.training_run.ranks.size > 1:
+            self.training_run.wrapped(model, partial(_unsynced, model))
+        return model, loader
+
     def training_step(
         self,
         model: nn.Module,
@@ -200,7 +232,8 @@ class PairTrainer(Trainer):
             raise Ended(
                 EndedBy.NAN, f"log-probs on validation are not finite after step {run.step}"
             )
-        run.watch.record(run.step, metrics["eval_log_loss"], run.trained())
+        weights = run.trained()
+        run.watch.record(run.step, metrics["eval_log_loss"], weights if run.ranks.is_first else {})
         log.info(
             "step %d: validation log-loss %.4f, best %.4f at step %s",
             run.step, metrics["eval_log_loss"], run.watch.best_log_loss, run.watch.best_step,
@@ -221,26 +254,49 @@ class PairTrainer(Trainer):
             self.leave_if_asked()
 
     def leave_if_asked(self) -> None:
-        """Save, then raise why the run has to stop.
+        """Save, then raise why the run has to stop, in all processes at the same step.
 
         Raises:
             Exception: what the hooks raise.
         """
-        if self.hooks.stopping():
-            if self.store is not None:
-                self.store.save(self.training_run.state())
+        if any(self.training_run.ranks.agreed([self.hooks.stopping()])):
+            self._save_point()
             self.hooks.raise_if_stopped()
+
+    def save_end(self) -> None:
+        """Keep the point from which the run can be restored."""
+        self._save_point(ended=True)
+
+    def _save_point(self, *, ended: bool = False) -> None:
+        """Keep a point; every process takes part, as parts of weights come together."""
+        if self.store is not None:
+            state = self.training_run.state(ended=ended)
+            if self.training_run.ranks.is_first:
+                self.store.save(state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell trackers, and the hooks what belongs to a step; the end's summary is no metric."""
-        run = self.training_run
-        if "train_runtime" not in logs and run.ranks.is_first:
-            self.hooks.metrics(run.step, logs)
+        if "train_runtime" not in logs:
+            self.hooks.metrics(self.training_run.step, logs)
         super().log(dict(logs), start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        assert self.store is not None
-        self.store.save(self.training_run.state())
+        self._save_point()
+
+
+@contextmanager
+def _unsynced(model: nn.Module) -> Iterator[None]:
+    """Let processes keep their gradients to themselves within the block."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 class _Steps(Dataset[list[int]]):
@@ -291,7 +347,8 @@ class _StepCallback(TrainerCallback):
         if not control.should_evaluate and (run.step % self._every == 0 or is_last):
             trainer.log(run.close_window())
         trainer.hooks.stepped(run.step, run.plan.total_steps)
-        control.should_save = trainer.store is not None and trainer.store.is_due() and not is_last
+        is_due = trainer.store is not None and trainer.store.is_due() and not is_last
+        control.should_save = any(run.ranks.agreed([is_due]))
         return control
 
     def _is_scored_after(self, step: int) -> bool:
@@ -320,6 +377,8 @@ def _arguments(run: TrainingRun, folder: Path, trackers: tuple[str, ...]) -> Tra
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         report_to=list(trackers) if run.ranks.is_first and trackers else "none",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     if device.type == "cuda" and run.ranks.size == 1:
         # Trainer takes the first GPU, and all of them in threads where there are several.

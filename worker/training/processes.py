@@ -1,0 +1,170 @@
+"""The processes of a final run, started, joined and ended by the first of them.
+
+They are its children in its process group and end when their standard input does, so that nothing
+is left of a run when its runner is gone, however it went.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from core.errors import FailureCode, RunAborted
+from core.lifecycle import EndedBy
+from worker.training.checkpoint import SavedState
+from worker.training.rank_job import RankJob
+from worker.training.ranks import Ranks
+from worker.training.run import Ended, RunHooks
+
+# One process may write a large resume point while the others wait for it.
+_TIMEOUT = timedelta(hours=2)
+_POLL_S, _GRACE_S, _LOG_TAIL = 0.1, 10.0, 2000
+_LOOPBACK = "127.0.0.1"
+
+
+@contextmanager
+def joined(store: TCPStore, *, rank: int, size: int, device: str) -> Iterator[None]:
+    """Be process `rank` of a group within the block, for torch and for accelerate."""
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": _LOOPBACK,
+        "MASTER_PORT": store.port,
+        # Else accelerate chooses for us.
+        "OMP_NUM_THREADS": torch.get_num_threads(),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def failure_file(folder: Path, rank: int) -> Path:
+    """Where a process says how it ended before its time."""
+    return folder / f"failed-{rank}.json"
+
+
+@contextmanager
+def other_processes(
+    job: RankJob, folder: Path, *, size: int, saved: SavedState | None, hooks: RunHooks
+) -> Iterator[Ranks]:
+    """Start the other processes and be the first of the group; none is left after the block."""
+    shutil.rmtree(folder, ignore_errors=True)
+    job.write(folder, saved)
+    # It lives here: another process could end while somebody still asks it.
+    store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    threads = torch.get_num_threads()
+    children = [_start(folder, rank, size, store.port) for rank in range(1, size)]
+    try:
+        torch.set_num_threads(job.threads)
+        _wait_for(children, folder, store, waiting=hooks.raise_if_stopped)
+        with joined(store, rank=0, size=size, device=job.device):
+            try:
+                yield Ranks(rank=0, size=size, sharded=job.sharded)
+            except RuntimeError as error:
+                # The group broke: what ended the other process says why.
+                _raise_failure(children, folder, cause=error)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+        _end(children)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
+    with (folder / f"rank-{rank}.log").open("wb") as log:
+        # Whoever asks the runner to stop asks its whole group; the runner decides when all do.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "worker.training.rank_main"),
+                    *(str(folder), str(rank), str(size), str(port)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_for(
+    children: list[subprocess.Popen[bytes]],
+    folder: Path,
+    store: TCPStore,
+    *,
+    waiting: Callable[[], None],
+) -> None:
+    """Wait until all have loaded their model, so that joining them takes no time."""
+    names = [f"ready/{rank}" for rank in range(1, len(children) + 1)]
+    while not store.check(names):
+        waiting()
+        if any(child.poll() is not None for child in children):
+            _raise_failure(children, folder, cause=None)
+        time.sleep(_POLL_S)
+
+
+def _raise_failure(
+    children: list[subprocess.Popen[bytes]], folder: Path, *, cause: Exception | None
+) -> None:
+    """Raise what a process that ended has left to say; nothing if all of them run."""
+    deadline = time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline:
+        for rank, child in enumerate(children, start=1):
+            if child.poll() is None:
+                continue
+            said = failure_file(folder, rank)
+            if said.is_file():
+                failure = orjson.loads(said.read_bytes())
+                if failure["ended_by"] == EndedBy.OOM:
+                    raise Ended(EndedBy.OOM, failure["message"]) from cause
+            log = (folder / f"rank-{rank}.log").read_text(errors="replace")
+            raise RunAborted(
+                f"process {rank} of the run ended with status {child.returncode}: "
+                f"{log[-_LOG_TAIL:].strip() or 'it said nothing'}",
+                failure=FailureCode.INTERNAL,
+                hint="the job can be started again; report this if it happens twice",
+            ) from cause
+        time.sleep(_POLL_S)
+
+
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    """End them all at once: they have nothing to save, and one may not even have begun."""
+    for child in children:
+        child.kill()
+        child.wait()
+        if child.stdin is not None:
+            child.stdin.close()
