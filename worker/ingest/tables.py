@@ -44,6 +44,7 @@ def table_rows(
     try:
         for batch in _batches(file, format_, budget=budget, on_part=on_part):
             names = batch.schema.names
+            columns: list[list[object]] = []
             for start in range(0, batch.num_rows, _ROWS):
                 columns = [column.slice(start, _ROWS).to_pylist() for column in batch.columns]
                 for cells in zip(*columns, strict=True):
@@ -52,6 +53,8 @@ def table_rows(
                     size += line.length
                     budget.check_size(size)
                     yield line
+            # Before the next one is read: a batch may be most of the file.
+            del batch, columns
     except pa.ArrowMemoryError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -208,6 +208,19 @@ def test_damaged_tables(run, good, form):
         assert "What is" not in failure.message
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow", "arrow-stream"])
+def test_tables_without_rows(run, form):
+    schema = pa.schema([("prompt", pa.string()), ("chosen", pa.string())])
+    table, sink = pa.Table.from_pylist([], schema), io.BytesIO()
+    if form == "parquet":
+        pq.write_table(table, sink)
+    else:
+        new = ipc.new_file if form == "arrow" else ipc.new_stream
+        with new(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_pylist([], schema))
+    assert run(sink.getvalue()).result.failure.code == "empty_file"
+
+
 def test_tables_larger_than_the_limit(run, good):
     rows = [{**row, "chosen": "x" * 2000} for row in good(500)]
     for form in ("parquet", "arrow", "csv"):
