@@ -22,7 +22,7 @@ from app.responses import (
 from core.errors import NotFound
 from core.hub import resolve
 from core.lifecycle import JobKind, JobStatus
-from core.profile import DatasetProfile, RankedPair, Recommendation
+from core.profile import Choice, DatasetProfile, RankedPair, Recommendation
 from core.settings import Settings
 from core.spec import SpecModel
 from models.experiment import RecommendationRow
@@ -60,6 +60,9 @@ class Answer(Schema):
     runner_up: RankedPair
     separated: bool
     kernels_separated: bool
+    kernel_choice: Choice
+    divergence_choice: Choice
+    tied_pairs: int
     summary: str
 
 
@@ -213,5 +216,8 @@ def _answer(found: Recommendation) -> Answer:
         runner_up=found.runner_up,
         separated=found.separated,
         kernels_separated=found.kernels_separated,
+        kernel_choice=found.kernel_choice,
+        divergence_choice=found.divergence_choice,
+        tied_pairs=found.tied_pairs,
         summary=found.summary,
     )

@@ -64,6 +64,29 @@ class DatasetProfile(SpecModel):
     reference: ReferenceMetrics
 
 
+class Lead(SpecModel):
+    """How far one is ahead of another; what both share cancels in the interval."""
+
+    margin: Estimate
+    confidence: float = Field(
+        ge=0.0,
+        le=1.0,
+        description="how sure the prior-based scores are that it is ahead at all; not a statistic "
+        "of training runs",
+    )
+    separated: bool = Field(description="whether the interval of the margin leaves out 0")
+
+
+class Choice(SpecModel):
+    """The kernel, or the divergence, that comes first, and whether the data say so."""
+
+    name: str
+    runner_up: str
+    lead: Lead
+    tied: tuple[str, ...] = Field(description="those that it is not separated from")
+    sentence: str
+
+
 class RankedPair(SpecModel):
     """One kernel and divergence with its score and why."""
 
@@ -75,6 +98,7 @@ class RankedPair(SpecModel):
         description="a prior guess of the log-loss won over plain DPO, in percent, moved by the "
         "metrics; an order in which to try pairs, not a measured effect (docs/selection.md)"
     )
+    behind: Lead | None = Field(description="the lead of rank 1 over this pair; null for rank 1")
     reason: str
     evidence: dict[str, float]
     objective: ObjectiveSpec
@@ -94,7 +118,13 @@ class Recommendation(SpecModel):
         "statistic of training runs",
     )
     separated: bool
-    kernels_separated: bool
+    kernels_separated: bool = Field(
+        description="the first kernel's KPA interval lies above chance and above that of every "
+        "other kernel, its mixture aside"
+    )
+    kernel_choice: Choice
+    divergence_choice: Choice
+    tied_pairs: int = Field(description="pairs that rank 1 is not separated from")
     summary: str
     ranking: tuple[RankedPair, ...]
     profile: DatasetProfile

@@ -1,15 +1,24 @@
 """From a dataset's metrics to a ranking of kernel–divergence pairs; torch-free.
 
-The numbers below are the table of docs/selection.md. A score is a prior guess of the relative
-reduction of calibrated log-loss against plain DPO, in percent: an order in which to try pairs.
+A score is a prior guess of the relative reduction of calibrated log-loss against plain DPO, in
+percent: an order in which to try pairs (docs/selection.md).
 """
 
 import math
-from dataclasses import dataclass
-from statistics import NormalDist, fmean, variance
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import TypeVar
 
 from core.errors import InvalidInput
-from core.profile import DatasetProfile, Estimate, KernelMetrics, RankedPair, Recommendation
+from core.profile import (
+    Choice,
+    DatasetProfile,
+    Estimate,
+    KernelMetrics,
+    Lead,
+    RankedPair,
+    Recommendation,
+)
 from core.spec import (
     BASE_KERNELS,
     DivergenceName,
@@ -18,69 +27,19 @@ from core.spec import (
     ObjectiveSpec,
     PenaltyTerm,
 )
+from selection.parts import (
+    ALPHA_PER_BETA,
+    ALPHA_RANGE,
+    Z95,
+    Part,
+    divergence_parts,
+    gamma_of,
+    kernel_parts,
+    predicts,
+)
 
-_Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class DivergencePrior:
-    """What is believed of a divergence penalty before seeing the data.
-
-    `gain` and `sd` in percent of log-loss; `basis` says what runs showed; the traits, in [0, 1],
-    decide which metric moves it.
-    """
-
-    gain: float
-    sd: float
-    basis: str
-    drift_control: float
-    saturation: float
-    geometry: float
-
-
-_THIRD = "lowered log-loss or kept it, at a third of the drift, in earlier runs"
-_NO_RUNS = "has no runs behind it yet"
-# Runs before curvature scaling gave these a quarter of KL's strength: their own numbers say little.
-_LIKE_KL = "is taken to do as KL, whose curvature it has; runs at a quarter of the strength only"
-DIVERGENCES: dict[DivergenceName, DivergencePrior] = {
-    DivergenceName.KL: DivergencePrior(1.5, 0.7, _THIRD, 0.7, 0.0, 0.0),
-    DivergenceName.JENSEN_SHANNON: DivergencePrior(1.5, 1.0, _LIKE_KL, 0.7, 1.0, 0.0),
-    DivergenceName.HELLINGER: DivergencePrior(1.5, 1.0, _LIKE_KL, 0.7, 1.0, 0.0),
-    DivergenceName.RENYI: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
-    DivergenceName.BHATTACHARYYA: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
-    DivergenceName.WASSERSTEIN: DivergencePrior(1.8, 0.7, _THIRD, 0.7, 0.5, 1.0),
-    DivergenceName.F_DIVERGENCE: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.6, 0.0, 0.0),
-}
-# Percent of log-loss that a metric may move a divergence by, at the ends of metric and trait.
-TILT = 0.4
-
-# Percent of log-loss per unit of a kernel's signal, and what is unknown about a kernel anyway.
-KPA_WEIGHT = 2.0
-TAT_WEIGHT = 1.0
-TAT_MARGIN = 0.1
-KERNEL_SD = 0.3
-# HMK evaluates four kernels: it has to win by more than its price.
-KERNEL_COST: dict[KernelName, float] = {
-    KernelName.RBF: 0.0,
-    KernelName.POLYNOMIAL: 0.0,
-    KernelName.MAHALANOBIS: 0.0,
-    KernelName.SPECTRAL: 0.02,
-    KernelName.HMK: 0.1,
-}
-# alpha / beta of the runs that the priors come from (alpha 3, beta 0.5).
-ALPHA_PER_BETA = 6.0
-ALPHA_RANGE = (0.05, 20.0)
-GAMMA_ORDERS, GAMMA_PREDICTS, GAMMA_NOTHING = 0.1, 0.05, 0.02
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Contribution of a kernel or a divergence: mean, sd, readable reason, numbers behind it."""
-
-    mean: float
-    sd: float
-    reason: str
-    evidence: dict[str, float]
+Pair = tuple[KernelName, DivergenceName]
+Name = TypeVar("Name", KernelName, DivergenceName)
 
 
 def recommend(profile: DatasetProfile, *, beta: float = 0.1) -> Recommendation:
@@ -91,37 +50,41 @@ def recommend(profile: DatasetProfile, *, beta: float = 0.1) -> Recommendation:
     lacks a kernel.
     """
     metrics = _by_kernel(profile)
-    kernel_parts = _kernel_parts(metrics)
-    divergence_parts = _divergence_parts(profile)
+    kernels, divergences = kernel_parts(metrics), divergence_parts(profile)
     pairs = [(kernel, divergence) for kernel in KernelName for divergence in DivergenceName]
     # sorted() is stable: what ties stays in the order of the enums, simplest first.
-    pairs.sort(
-        key=lambda pair: kernel_parts[pair[0]].mean + divergence_parts[pair[1]].mean, reverse=True
-    )
+    pairs.sort(key=lambda pair: kernels[pair[0]].mean + divergences[pair[1]].mean, reverse=True)
+    best = pairs[0]
     ranking = tuple(
         _ranked(
             rank,
             pair,
-            parts=(kernel_parts[pair[0]], divergence_parts[pair[1]]),
-            metrics=metrics[pair[0]],
+            parts=(kernels[pair[0]], divergences[pair[1]]),
+            behind=None
+            if rank == 1
+            else _lead(_differing(best, pair, kernels=kernels, divergences=divergences)),
+            gamma=gamma_of(metrics[pair[0]]),
             beta=beta,
         )
         for rank, pair in enumerate(pairs, start=1)
     )
-    margin = ranking[0].score.value - ranking[1].score.value
-    spread = _difference_sd(pairs[0], pairs[1], kernels=kernel_parts, divergences=divergence_parts)
-    kernels_separated = _kernels_separated(pairs[0][0], metrics)
-    separated = margin > _Z95 * spread
+    lead = ranking[1].behind
+    assert lead is not None, "only the first pair is behind none"
+    kernels_separated = _kernels_separated(best[0], metrics)
+    tied_pairs = sum(pair.behind is not None and not pair.behind.separated for pair in ranking)
     return Recommendation(
         kernel=ranking[0].kernel,
         divergence=ranking[0].divergence,
         runner_up=ranking[1],
-        margin=margin,
-        confidence=NormalDist().cdf(margin / spread),
-        separated=separated,
+        margin=lead.margin.value,
+        confidence=lead.confidence,
+        separated=lead.separated,
         kernels_separated=kernels_separated,
+        kernel_choice=_choice("kernel", best[0], kernels),
+        divergence_choice=_choice("divergence", best[1], divergences),
+        tied_pairs=tied_pairs,
         summary=_summary(
-            ranking, metrics, separated=separated, kernels_separated=kernels_separated
+            ranking, metrics, kernels_separated=kernels_separated, tied_pairs=tied_pairs
         ),
         ranking=ranking,
         profile=profile,
@@ -140,91 +103,6 @@ def _by_kernel(profile: DatasetProfile) -> dict[KernelName, KernelMetrics]:
     return metrics
 
 
-def _sd(estimate: Estimate) -> float:
-    return (estimate.high - estimate.low) / (2 * _Z95)
-
-
-# ------------------------------------------------------------------ kernels
-
-
-def _kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, _Part]:
-    """Shrink each kernel's signal towards the mean of all as far as noise explains the spread.
-
-    Empirical Bayes: tau^2 = max(0, var(signal) - mean(se^2)); deviation * tau^2/(tau^2 + se^2).
-    Intervals of kernels share their pairs, so this shrinks too much rather than too little.
-    """
-    signal = {name: _signal(entry) for name, entry in metrics.items()}
-    noise = {
-        name: (KPA_WEIGHT * 2 * _sd(m.kpa)) ** 2 + (TAT_WEIGHT * _sd(m.tat)) ** 2
-        for name, m in metrics.items()
-    }
-    centre = fmean(signal.values())
-    between = max(0.0, variance(signal.values()) - fmean(noise.values()))
-    parts = {}
-    for name, entry in metrics.items():
-        weight = between / (between + noise[name]) if between > 0.0 else 0.0
-        parts[name] = _Part(
-            mean=weight * (signal[name] - centre) - KERNEL_COST[name],
-            sd=math.sqrt(KERNEL_SD**2 + weight * noise[name]),
-            reason=_kernel_reason(name, entry, tie=weight == 0.0),
-            evidence={
-                "pnd": entry.pnd.value,
-                "pnav": entry.pnav.value,
-                "tat": entry.tat.value,
-                "tat_by_chance": _tat_by_chance(entry),
-                "nag": entry.nag.value,
-                "kpa": entry.kpa.value,
-                "kpa_low": entry.kpa.low,
-                "kpa_high": entry.kpa.high,
-                "kernel_reliability": weight,
-            },
-        )
-    return parts
-
-
-def _signal(metrics: KernelMetrics) -> float:
-    return KPA_WEIGHT * 2 * (metrics.kpa.value - 0.5) + TAT_WEIGHT * (
-        metrics.tat.value - _tat_by_chance(metrics)
-    )
-
-
-def _tat_by_chance(metrics: KernelMetrics) -> float:
-    """Return the TAT that a symmetric delta of this kernel's variance has without any signal.
-
-    P(delta > 0.1 mean d) = 1 - Phi(0.1 / sqrt(PNAV)): a kernel whose distances scatter more
-    passes the margin more often, on either side.
-    """
-    if metrics.pnav.value <= 0.0:
-        return 0.0
-    return 1.0 - NormalDist().cdf(TAT_MARGIN / math.sqrt(metrics.pnav.value))
-
-
-def _predicts(metrics: KernelMetrics) -> bool:
-    return metrics.kpa.low > 0.5
-
-
-def _orders(metrics: KernelMetrics) -> bool:
-    return metrics.nag.low > 0.0
-
-
-def _gamma(metrics: KernelMetrics) -> float:
-    if not _predicts(metrics):
-        return GAMMA_NOTHING
-    return GAMMA_ORDERS if _orders(metrics) else GAMMA_PREDICTS
-
-
-def _kernel_reason(name: KernelName, metrics: KernelMetrics, *, tie: bool) -> str:
-    kpa = metrics.kpa
-    span = f"{kpa.value:.2f} [{kpa.low:.2f}, {kpa.high:.2f}]"
-    if not _predicts(metrics):
-        says = f"{name.value} predicts preference no better than chance (KPA {span})"
-    elif _orders(metrics):
-        says = f"{name.value} predicts preference (KPA {span}) and puts chosen nearer the prompt"
-    else:
-        says = f"{name.value} predicts preference (KPA {span}), nearness to the prompt does not"
-    return f"{says} (the kernels tie)" if tie else says
-
-
 def _kernels_separated(best: KernelName, metrics: dict[KernelName, KernelMetrics]) -> bool:
     """Whether the first kernel's KPA interval lies above chance and above every other's.
 
@@ -235,95 +113,27 @@ def _kernels_separated(best: KernelName, metrics: dict[KernelName, KernelMetrics
     return low > 0.5 and all(low > metrics[name].kpa.high for name in rivals)
 
 
-# -------------------------------------------------------------- divergences
-
-
-def _need(name: str, estimate: Estimate) -> tuple[float, float]:
-    """Map a metric to a need in [0, 1] with its standard deviation."""
-
-    def scale(x: float) -> float:
-        positive = max(x, 0.0)
-        return positive if name in ("support_overlap", "smoothness") else positive / (positive + 2)
-
-    low, high = scale(estimate.low), scale(estimate.high)
-    return min(scale(estimate.value), 1.0), (high - low) / (2 * _Z95)
-
-
-def _divergence_parts(profile: DatasetProfile) -> dict[DivergenceName, _Part]:
-    reference = profile.reference
-    overlap = _need("support_overlap", reference.support_overlap)
-    tails = _need("kurtosis", reference.kurtosis)
-    drift = _need("drift_magnitude", reference.drift_magnitude)
-    smooth = _need("smoothness", reference.smoothness)
-    parts = {}
-    for name, prior in DIVERGENCES.items():
-        tilts = (
-            (prior.drift_control / 2, overlap),
-            (prior.drift_control / 2, tails),
-            (prior.saturation, drift),
-            (prior.geometry, smooth),
-        )
-        mean = prior.gain + TILT * sum(trait * need for trait, (need, _) in tilts)
-        var = prior.sd**2 + sum((TILT * trait * sd) ** 2 for trait, (_, sd) in tilts)
-        parts[name] = _Part(
-            mean=mean,
-            sd=math.sqrt(var),
-            reason=_divergence_reason(name, prior, tilts),
-            evidence={
-                "prior_gain": prior.gain,
-                "prior_sd": prior.sd,
-                "support_overlap": reference.support_overlap.value,
-                "kurtosis": reference.kurtosis.value,
-                "drift_magnitude": reference.drift_magnitude.value,
-                "smoothness": reference.smoothness.value,
-            },
-        )
-    return parts
-
-
-_TILT_WORDS = (
-    "chosen and rejected look alike to the reference, which calls for drift control",
-    "tokens with heavy tails call for drift control",
-    "the policy has far to move and its pull saturates",
-    "the reference is uncertain, and it knows which tokens are near each other",
-)
-
-
-def _divergence_reason(
-    name: DivergenceName,
-    prior: DivergencePrior,
-    tilts: tuple[tuple[float, tuple[float, float]], ...],
-) -> str:
-    effects = [trait * need for trait, (need, _) in tilts]
-    strongest = max(range(len(effects)), key=lambda index: effects[index])
-    says = f"a {name.value} penalty {prior.basis}"
-    if effects[strongest] < 0.1:
-        return says
-    return f"{says}; {_TILT_WORDS[strongest]}"
-
-
 # ------------------------------------------------------------------ ranking
 
 
 def _ranked(
     rank: int,
-    pair: tuple[KernelName, DivergenceName],
+    pair: Pair,
     *,
-    parts: tuple[_Part, _Part],
-    metrics: KernelMetrics,
+    parts: tuple[Part, Part],
+    behind: Lead | None,
+    gamma: float,
     beta: float,
 ) -> RankedPair:
     kernel, divergence = pair
-    mean = sum(part.mean for part in parts)
-    half = _Z95 * math.hypot(*(part.sd for part in parts))
-    gamma = _gamma(metrics)
     alpha = min(max(ALPHA_PER_BETA * beta, ALPHA_RANGE[0]), ALPHA_RANGE[1])
     return RankedPair(
         rank=rank,
         kernel=kernel.value,
         divergence=divergence.value,
         mode="penalty",
-        score=Estimate(value=mean, low=mean - half, high=mean + half),
+        score=_interval(sum(part.mean for part in parts), math.hypot(*(p.sd for p in parts))),
+        behind=behind,
         reason=f"{parts[0].reason}; {parts[1].reason}.",
         evidence=parts[0].evidence | parts[1].evidence,
         objective=ObjectiveSpec(
@@ -336,38 +146,82 @@ def _ranked(
     )
 
 
-def _difference_sd(
-    first: tuple[KernelName, DivergenceName],
-    second: tuple[KernelName, DivergenceName],
+def _interval(mean: float, sd: float) -> Estimate:
+    return Estimate(value=mean, low=mean - Z95 * sd, high=mean + Z95 * sd)
+
+
+def _differing(
+    first: Pair,
+    second: Pair,
     *,
-    kernels: dict[KernelName, _Part],
-    divergences: dict[DivergenceName, _Part],
-) -> float:
-    """Standard deviation of score(first) - score(second); what both share cancels."""
-    terms = []
+    kernels: Mapping[KernelName, Part],
+    divergences: Mapping[DivergenceName, Part],
+) -> list[tuple[Part, Part]]:
+    """Parts of the first pair beside those of the second; what both share is left out."""
+    parts = []
     if first[0] is not second[0]:
-        terms += [kernels[first[0]].sd, kernels[second[0]].sd]
+        parts.append((kernels[first[0]], kernels[second[0]]))
     if first[1] is not second[1]:
-        terms += [divergences[first[1]].sd, divergences[second[1]].sd]
-    return math.hypot(*terms)
+        parts.append((divergences[first[1]], divergences[second[1]]))
+    return parts
+
+
+def _lead(parts: list[tuple[Part, Part]]) -> Lead:
+    margin = sum(ahead.mean - other.mean for ahead, other in parts)
+    sd = math.hypot(*(part.sd for both in parts for part in both))
+    return Lead(
+        margin=_interval(margin, sd),
+        confidence=NormalDist().cdf(margin / sd),
+        separated=margin > Z95 * sd,
+    )
+
+
+def _choice(what: str, best: Name, parts: Mapping[Name, Part]) -> Choice:
+    """Say which kernel or divergence comes first and from which others the data separate it."""
+    others = sorted(
+        (name for name in parts if name is not best),
+        key=lambda name: parts[name].mean,
+        reverse=True,
+    )
+    leads = {name: _lead([(parts[best], parts[name])]) for name in others}
+    tied = tuple(name.value for name in others if not leads[name].separated)
+    first = leads[others[0]]
+    says = (
+        f"{best.value} is the {what} to take: it leads {others[0].value}, the next, by "
+        f"{first.margin.value:.2f} [{first.margin.low:.2f}, {first.margin.high:.2f}]."
+        if not tied
+        else f"{best.value} is the first {what}, but the data do not separate it from "
+        f"{_listed(tied)} (lead over {others[0].value} {first.margin.value:.2f} "
+        f"[{first.margin.low:.2f}, {first.margin.high:.2f}])."
+    )
+    return Choice(name=best.value, runner_up=others[0].value, lead=first, tied=tied, sentence=says)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _summary(
     ranking: tuple[RankedPair, ...],
     metrics: dict[KernelName, KernelMetrics],
     *,
-    separated: bool,
     kernels_separated: bool,
+    tied_pairs: int,
 ) -> str:
     first, second = ranking[0], ranking[1]
     name, rival = (f"{pair.kernel} × {pair.divergence}" for pair in (first, second))
-    if separated:
-        head = f"The data put {name} above {rival}."
+    ties = f"{tied_pairs} of the {len(ranking) - 1} others tie with it"
+    if second.behind is None or not second.behind.separated:
+        head = (
+            f"{name} comes first, but the data do not separate it from {rival}, the next; {ties}."
+        )
+    elif tied_pairs:
+        head = f"The data put {name} above {rival}, the next; {ties}."
     else:
-        head = f"{name} comes first, but the data do not separate it from {rival}: try both."
+        head = f"The data put {name} above {rival}, the next, and above all others."
     best = metrics[KernelName(first.kernel)].kpa
     span = f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]"
-    if not any(_predicts(entry) for entry in metrics.values()):
+    if not any(predicts(entry) for entry in metrics.values()):
         tail = (
             "No kernel predicts preference better than chance on these embeddings: the labels may "
             "be noise to this model, and a kernel term has nothing to say."

@@ -19,9 +19,11 @@ from app.main import create_app
 from core.errors import ErrorDetail, KdpoError
 from core.lifecycle import EndedBy, JobKind, JobStatus, TrialStatus
 from core.profile import (
+    Choice,
     DatasetProfile,
     Estimate,
     KernelMetrics,
+    Lead,
     RankedPair,
     Recommendation,
     ReferenceMetrics,
@@ -267,9 +269,11 @@ def estimate(value: float) -> Estimate:
 
 
 def recommendation() -> Recommendation:
+    lead = Lead(margin=estimate(0.5), confidence=0.8, separated=True)
     ranking = tuple(
         RankedPair(
             rank=rank, kernel=kernel, divergence="kl", mode="penalty", score=estimate(1.0 / rank),
+            behind=None if rank == 1 else lead,
             reason="its geometry separates the sides", evidence={"pnd": 0.4},
             objective=ObjectiveSpec(),
         )
@@ -279,6 +283,13 @@ def recommendation() -> Recommendation:
     return Recommendation(
         kernel="rbf", divergence="kl", runner_up=ranking[1], margin=0.5, confidence=0.8,
         separated=True, kernels_separated=True, summary="rbf with kl", ranking=ranking,
+        kernel_choice=Choice(
+            name="rbf", runner_up="polynomial", lead=lead, tied=(), sentence="rbf leads."
+        ),
+        divergence_choice=Choice(
+            name="kl", runner_up="hellinger", lead=lead, tied=(), sentence="kl leads."
+        ),
+        tied_pairs=0,
         profile=DatasetProfile(
             pairs=30, prompts=30, sampled_pairs=30, sampled_prompts=30, max_pairs=2000,
             sampled_tokens=100, resamples=200, seed=0, mixtures=(),

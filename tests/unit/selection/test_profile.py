@@ -44,6 +44,10 @@ def test_the_kernel_whose_geometry_carries_the_preference_is_first(carried_by_ma
     assert found.kernel == KernelName.MAHALANOBIS
     assert found.kernels_separated
     assert "Kernels differ: mahalanobis" in found.summary
+    choice = found.kernel_choice
+    assert choice.name == KernelName.MAHALANOBIS
+    assert choice.lead.margin.value > 0.3
+    assert choice.lead.confidence > 0.75
 
 
 def judged_by(utility: Utility, first: torch.Tensor, second: torch.Tensor) -> DatasetProfile:
@@ -127,6 +131,9 @@ def test_shuffled_labels_carry_no_confidence(shuffled_profiles):
         assert not found.separated
         assert not found.kernels_separated
         assert found.confidence < 0.65
+        assert not found.kernel_choice.lead.separated
+        assert not found.divergence_choice.lead.separated
+        assert found.kernel_choice.lead.confidence < 0.65
         assert "do not separate" in found.summary
 
 

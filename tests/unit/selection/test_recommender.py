@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, RankedPair, Recommendation
 from core.spec import BASE_KERNELS, DivergenceName, KernelName
-from selection.recommender import DIVERGENCES, DivergencePrior, recommend
+from selection.parts import DIVERGENCES, DivergencePrior
+from selection.recommender import recommend
 from tests.unit.selection.samples import profile
 
 SHARE = st.floats(0.0, 1.0)
@@ -45,7 +46,55 @@ def test_all_pairs_are_ranked_once_by_falling_score():
         found.ranking[0].divergence,
     )
     assert found.runner_up == found.ranking[1]
-    assert found.margin == found.ranking[0].score.value - found.ranking[1].score.value
+    assert found.margin == pytest.approx(
+        found.ranking[0].score.value - found.ranking[1].score.value
+    )
+
+
+def test_every_pair_says_how_far_the_first_is_ahead_of_it():
+    found = recommend(profile(kpa={KernelName.MAHALANOBIS: 0.95}, default_kpa=0.55))
+    first = found.ranking[0]
+    assert first.behind is None
+    for entry in found.ranking[1:]:
+        lead = entry.behind
+        assert lead is not None
+        assert lead.margin.value == pytest.approx(first.score.value - entry.score.value)
+        assert lead.separated == (lead.margin.low > 0.0)
+        assert lead.confidence == pytest.approx(
+            NormalDist(lead.margin.value, (lead.margin.high - lead.margin.value) / 1.959964).cdf(
+                2 * lead.margin.value
+            )
+        )
+    assert (found.margin, found.confidence) == (
+        found.ranking[1].behind.margin.value,  # type: ignore[union-attr]
+        found.ranking[1].behind.confidence,  # type: ignore[union-attr]
+    )
+    assert found.tied_pairs == sum(
+        not entry.behind.separated for entry in found.ranking[1:] if entry.behind is not None
+    )
+    assert f"{found.tied_pairs} of the 34 others tie with it" in found.summary
+
+
+def test_what_both_pairs_share_is_no_part_of_their_lead():
+    """A wide prior of the divergence says nothing of two kernels beside the same divergence."""
+    found = recommend(profile(kpa={KernelName.MAHALANOBIS: 0.95}, default_kpa=0.55))
+    same = [p for p in found.ranking[1:] if p.divergence == found.divergence]
+    assert same[0].behind == found.kernel_choice.lead
+
+
+def test_kernel_and_divergence_are_each_said_with_runner_up_margin_and_ties():
+    found = recommend(profile(kpa={KernelName.MAHALANOBIS: 0.99}, default_kpa=0.42))
+    kernels, divergences = found.kernel_choice, found.divergence_choice
+    assert (kernels.name, divergences.name) == (found.kernel, found.divergence)
+    assert kernels.lead.separated
+    assert kernels.tied == ()
+    assert kernels.sentence.startswith("mahalanobis is the kernel to take: it leads")
+    assert not divergences.lead.separated
+    assert set(divergences.tied) == {d.value for d in DivergenceName} - {found.divergence}
+    assert "the data do not separate it from jensen_shannon," in divergences.sentence
+    tie = recommend(profile()).kernel_choice
+    assert tie.lead.confidence == pytest.approx(0.5)
+    assert set(tie.tied) == {k.value for k in KernelName} - {tie.name}
 
 
 def test_every_pair_carries_an_objective_of_its_names_evidence_and_one_sentence():
@@ -167,7 +216,7 @@ def test_separation_is_said_once_earlier_runs_settle_the_divergences(monkeypatch
         )
         for name in DivergenceName
     }
-    monkeypatch.setattr("selection.recommender.DIVERGENCES", sure)
+    monkeypatch.setattr("selection.parts.DIVERGENCES", sure)
     far_ahead = profile(kpa={KernelName.RBF: 0.99, KernelName.HMK: 0.2}, default_kpa=0.42)
     found = recommend(far_ahead)
     assert found.separated
