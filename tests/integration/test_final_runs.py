@@ -189,6 +189,26 @@ def _plain_full() -> dict[str, Any]:
     return {"type": "dpo", "dpo": {"hyperparameters": values}}
 
 
+def test_a_job_of_two_processes_gives_what_one_gives(world: TrainingWorld) -> None:
+    hyperparameters = {"batch_size": 8, "max_steps": 3, "lora_r": 2, "eval_every": 2}
+    method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+    first = world.fine_tune(method)
+    alone = TrainingResult.model_validate(world.attempt(fine_tune.run))
+    training = world.settings.training.model_copy(update={"num_processes": 2})
+    world.settings = world.settings.model_copy(update={"training": training})
+    job_id = world.fine_tune(method)
+    with pytest.raises(Preempted):
+        world.attempt(fine_tune.run, stop=StopAfter(12))
+    shared = TrainingResult.model_validate(world.attempt(fine_tune.run))
+    assert shared.run.evaluation.log_loss == pytest.approx(alone.run.evaluation.log_loss, rel=1e-4)
+    curves = points(world, first), points(world, job_id)
+    assert curves[0].keys() == curves[1].keys()
+    for step, values in curves[0].items():
+        assert curves[1][step]["loss"] == pytest.approx(values["loss"], rel=1e-4)
+        assert curves[1][step]["num_tokens"] == values["num_tokens"]
+    assert set(checkpoints(world, job_id)) == set(checkpoints(world, first))
+
+
 def test_full_with_a_penalty_says_what_its_states_need(world: TrainingWorld) -> None:
     training = world.settings.training.model_copy(update={"reference_states_bytes": 1000})
     world.settings = world.settings.model_copy(update={"training": training})

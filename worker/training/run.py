@@ -99,6 +99,8 @@ class TrainingRun:
         shard: Callable[[PairLoss], None] | None = None,
     ) -> None:
         policy.reset_adapter(plan.seed)
+        # Nothing draws in a step today; what may some day must not depend on earlier runs.
+        torch.manual_seed(plan.seed)
         self.policy = policy
         self.objective = objective
         self.data = data

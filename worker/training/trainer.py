@@ -142,12 +142,15 @@ class PairTrainer(Trainer):
         self.store = store
         self.validate = validate
         self._started_at = run.step
-        super().__init__(
-            model=run.loss,
-            args=_arguments(run, folder, trackers),
-            train_dataset=_Steps(run),
-            callbacks=[_StepCallback(self)],
-        )
+        device = run.policy.device
+        # Trainer seeds; the random state is the run's, which may have come from a point.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            super().__init__(
+                model=run.loss,
+                args=_arguments(run, folder, trackers),
+                train_dataset=_Steps(run),
+                callbacks=[_StepCallback(self)],
+            )
         # It prints what hooks and trackers are told.
         self.remove_callback(PrinterCallback)
 

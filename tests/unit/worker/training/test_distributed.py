@@ -126,6 +126,18 @@ def assert_weights_close(found: dict[str, torch.Tensor], expected: dict[str, tor
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+class Terminates(Recorder):
+    """Asks the other process to end, as a signal to the runner's group does."""
+
+    def __init__(self, children: list[subprocess.Popen[bytes]], *, stop_at: int) -> None:
+        super().__init__(stop_at)
+        self._children = children
+
+    def stepped(self, step: int, total: int) -> None:
+        super().stepped(step, total)
+        self._children[0].terminate()
+
+
 class Spy:
     """Notes what the first process trains with, and lets it train."""
 
@@ -148,6 +160,7 @@ def test_two_processes_stopped_and_resumed_give_the_result_of_one(
     llama_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    children: list[subprocess.Popen[bytes]],
     adaptation: str,
 ) -> None:
     used, spec = (bench, LORA) if adaptation == "lora" else (full, FULL)
@@ -158,7 +171,8 @@ def test_two_processes_stopped_and_resumed_give_the_result_of_one(
     job = job_of(used, llama_folder, spec, states, **plan)
     spy = Spy()
     monkeypatch.setattr(distributed, "drive", spy)
-    first, second, store = Recorder(2), Recorder(), MemoryStore()
+    # The first process decides when all stop, whoever else is asked to.
+    first, second, store = Terminates(children, stop_at=2), Recorder(), MemoryStore()
     folder = tmp_path / "two"
     with pytest.raises(InterruptedError):
         train_ranked(job, used.policy, size=2, hooks=first, folder=folder, store=store)

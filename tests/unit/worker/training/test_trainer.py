@@ -141,6 +141,27 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert store.saved.watch == last.saved.watch
 
 
+def test_random_numbers_go_on_where_they_were(bench: Bench, tmp_path: Path) -> None:
+    class Draws(Recorder):
+        """Draws a number at every step, as a model with dropout would."""
+
+        def __init__(self, stop_at: int | None = None) -> None:
+            super().__init__(stop_at)
+            self.drawn: list[float] = []
+
+        def stepped(self, step: int, total: int) -> None:
+            super().stepped(step, total)
+            self.drawn.append(float(torch.rand(())))
+
+    whole, first, second, store = Draws(), Draws(3), Draws(), MemoryStore()
+    final(bench.run(PLAIN), tmp_path, hooks=whole)
+    with pytest.raises(InterruptedError):
+        final(bench.run(PLAIN), tmp_path, hooks=first, store=store)
+    torch.rand(7)
+    final(bench.run(PLAIN), tmp_path, hooks=second, store=store)
+    assert first.drawn + second.drawn == whole.drawn
+
+
 class _StopInValidation(Recorder):
     """Asks to stop when progress is reported for the second time at a step."""
 
