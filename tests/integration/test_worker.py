@@ -1,14 +1,19 @@
 """The lease protocol with real processes, databases and brokers, and with parts of it killed."""
 
+import io
+import json
 import os
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import redis
+from pyarrow import parquet as pq
 from sqlalchemy import delete, select, update
 
 from core.lifecycle import AttemptOutcome, DatasetStatus, JobStatus
@@ -83,6 +88,21 @@ def test_useless_upload_is_an_invalid_dataset_and_no_failed_job(embedded: Stack)
     assert dataset.failure is not None
     assert dataset.failure["code"] == "dataset_invalid"
     assert dataset.failure["errors"][0]["count"] == 20
+
+
+def test_parquet_in_a_tar_is_read_within_the_limits_of_the_parser(embedded: Stack) -> None:
+    table, packed = io.BytesIO(), io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in SMALL.splitlines()]), table)
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
+        info = tarfile.TarInfo("data/train.parquet")
+        info.size = len(table.getvalue())
+        archive.addfile(info, io.BytesIO(table.getvalue()))
+    job_id = embedded.submit(packed.getvalue())
+    embedded.start(extra={"KDPO_DATA__PARSER_MEMORY_BYTES": str(1024**3)})
+    assert embedded.ended(job_id).status is JobStatus.SUCCEEDED
+    dataset = embedded.dataset(job_id)
+    assert (dataset.failure, (dataset.counts or {})["pairs"]) == (None, 40)
+    assert (dataset.report or {})["detected"]["container"] == "tar.xz"
 
 
 @pytest.mark.parametrize(
