@@ -94,7 +94,11 @@ def drive(
         run, hooks=hooks, store=store, validate=validate, folder=folder, trackers=trackers
     )
     try:
-        trainer.train()
+        if trainer.is_scored_after(run.step):
+            # An attempt that was stopped while it scored the run has left that to this one.
+            trainer.evaluate()
+        if run.step < run.plan.total_steps and not run.watch.is_over:
+            trainer.train()
         trainer.save_end()
     except Ended as end:
         return end.ended_by, str(end)
@@ -151,6 +155,7 @@ class PairTrainer(Trainer):
                 train_dataset=_Steps(run),
                 callbacks=[_StepCallback(self)],
             )
+        self.state.global_step = run.step
         # It prints what hooks and trackers are told.
         self.remove_callback(PrinterCallback)
 
@@ -249,6 +254,13 @@ class PairTrainer(Trainer):
             self.control.should_training_stop = True
         return metrics
 
+    def is_scored_after(self, step: int) -> bool:
+        """Whether the plan scores the run after `step` and that is still to be done."""
+        plan, watch = self.training_run.plan, self.training_run.watch
+        if plan.eval_steps is None or step <= watch.scored_step:
+            return False
+        return step % plan.eval_steps == 0 or step == plan.total_steps
+
     def _between_batches(self, _done: int, _total: int) -> None:
         """Save and leave a long validation when asked to; the next attempt begins with it."""
         run = self.training_run
@@ -324,13 +336,6 @@ class _StepCallback(TrainerCallback):
         self._trainer = trainer
         self._every = metric_interval(trainer.training_run.plan.total_steps)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Score what an attempt that was stopped while it did so has left."""
-        if self._is_scored_after(self._trainer.training_run.step):
-            self._trainer.evaluate()
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -345,7 +350,7 @@ class _StepCallback(TrainerCallback):
         run.stepped()
         state.epoch = run.step * run.order.batch_size / run.order.num_pairs
         is_last = run.step == run.plan.total_steps
-        control.should_evaluate = self._is_scored_after(run.step)
+        control.should_evaluate = trainer.is_scored_after(run.step)
         # One point of metrics has both where a step has both.
         if not control.should_evaluate and (run.step % self._every == 0 or is_last):
             trainer.log(run.close_window())
@@ -353,12 +358,6 @@ class _StepCallback(TrainerCallback):
         is_due = trainer.store is not None and trainer.store.is_due() and not is_last
         control.should_save = any(run.ranks.agreed([is_due]))
         return control
-
-    def _is_scored_after(self, step: int) -> bool:
-        run = self._trainer.training_run
-        every, is_last = run.plan.eval_steps, step == run.plan.total_steps
-        is_due = every is not None and step > 0 and (step % every == 0 or is_last)
-        return is_due and run.watch.scored_step < step
 
 
 def _arguments(run: TrainingRun, folder: Path, trackers: tuple[str, ...]) -> TrainingArguments:

@@ -19,6 +19,7 @@ from tests.unit.worker.training.micro import (
     random_pairs,
     stored_states,
 )
+from worker.training.checkpoint import SavedState
 from worker.training.evaluate import TrialScore, measure, trial_score
 from worker.training.reference import Progress
 from worker.training.resolve import auto_learning_rate, resolve_plan
@@ -180,17 +181,20 @@ class _StopInValidation(Recorder):
         raise InterruptedError("stopped by the test")
 
 
-def test_stopped_while_it_is_scored_it_begins_with_the_score(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 6])
+def test_stopped_while_it_is_scored_it_begins_with_the_score(
+    bench: Bench, tmp_path: Path, step: int
+) -> None:
     whole = Recorder()
     final(bench.run(PLAIN, eval_steps=3), tmp_path, hooks=whole, validate=validation(bench))
     expected = bench.weights()
-    store, first, second = MemoryStore(), _StopInValidation(3), Recorder()
+    store, first, second = MemoryStore(), _StopInValidation(step), Recorder()
     with pytest.raises(InterruptedError):
         final(
             bench.run(PLAIN, eval_steps=3), tmp_path, hooks=first, store=store,
             validate=validation(bench),
         )  # fmt: skip
-    assert sorted(first.points) == [1, 2]
+    assert sorted(first.points) == list(range(1, step))
     final(
         bench.run(PLAIN, eval_steps=3), tmp_path, hooks=second, store=store,
         validate=validation(bench),
@@ -232,6 +236,34 @@ def test_patience_ends_a_run_and_the_best_weights_stay(bench: Bench, tmp_path: P
     )
     assert_same(bench.weights(), best)
     assert (again.steps, again.best_step) == (4, 2)
+
+
+def test_a_run_that_was_over_when_it_was_killed_takes_no_more_steps(
+    bench: Bench, tmp_path: Path
+) -> None:
+    class Dies(MemoryStore):
+        """Dies when the end is to be saved."""
+
+        def save(self, state: SavedState) -> None:
+            if state.ended:
+                raise InterruptedError
+            super().save(state)
+
+    plan = {"schedule": "constant", "total_steps": 20, "eval_steps": 2, "patience": 1}
+    killed = Dies(every_step=True)
+    with pytest.raises(InterruptedError):
+        final(
+            bench.run(PLAIN, **plan), tmp_path, hooks=Recorder(), store=killed,
+            validate=scripted([0.5, 0.6]),
+        )  # fmt: skip
+    store, hooks = MemoryStore(), Recorder()
+    store.saved = killed.saved
+    outcome = final(
+        bench.run(PLAIN, **plan), tmp_path, hooks=hooks, store=store, validate=scripted([])
+    )
+    assert (outcome.steps, outcome.best_step, hooks.points) == (4, 2, {})
+    assert store.saved is not None
+    assert store.saved.ended
 
 
 def test_a_score_that_is_not_finite_ends_the_run(bench: Bench, tmp_path: Path) -> None:
