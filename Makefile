@@ -23,7 +23,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train golden serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -71,6 +71,12 @@ bench-step: setup ## Time training steps with each penalty against plain DPO's (
 # FULL=1 measures what the kept table lacks (hours for all); it can be stopped and goes on.
 bench-train: setup ## Time training against TRL's DPOTrainer (minutes; FULL=1: measure everything)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.train $(if $(FULL),--full)
+
+# FULL=1 measures what the kept table lacks (half an hour for all); it can be stopped and goes on.
+# DATA=folder and LIMIT=runs are for FULL=1.
+bench-selection: setup ## Compare recommendations with trained rankings (FULL=1: measure)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.selection $(if $(FULL),--full) \
+	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
 
 golden: setup ## Write the golden trajectory anew (say in the commit why the numbers moved)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.unit.worker.training.golden

@@ -1,0 +1,260 @@
+"""One dataset and seed of `bench.selection`: its pairs, what the reference says, short runs."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from bench.report import ROOT
+from core.lifecycle import EndedBy
+from core.profile import DatasetProfile
+from core.run_spec import DatasetPolicy, SplitPolicy, TrainSpec
+from core.settings import DataLimits
+from core.spec import BASE_KERNELS, DivergenceName, KernelTerm, ObjectiveSpec, PenaltyTerm
+from objectives import Geometry, build_objective, fit_geometry
+from selection.features import ReferenceFeatures
+from selection.profile import profile_dataset
+from selection.recommender import recommend
+from worker.ingest.canonical import Split, read_canonical
+from worker.ingest.pipeline import CANONICAL_NAME, ingest
+from worker.training.evaluate import measure, pair_groups, trial_score
+from worker.training.loop import train
+from worker.training.model import Policy
+from worker.training.resolve import TrainPlan, resolve_plan
+from worker.training.states import ReferenceStates
+from worker.training.step import TrainingData
+from worker.training.store import ReferenceStore
+from worker.training.tokenize import TokenizedPair, tokenize_rows
+
+PLAIN = "dpo"
+BETA, GAMMA, ALPHA = 0.1, 0.1, 0.6
+VALIDATION_PAIRS = 150
+HELD_OUT = {"validation": 0.25, "test": 0.05}
+BUDGET: dict[str, Any] = {
+    "model": "tiny-lm", "steps": 20, "batch_size": 16, "learning_rate": "auto, constant",
+    "max_length": 512, "validation_pairs": VALIDATION_PAIRS, "held_out": HELD_OUT,
+    "beta": BETA, "gamma": GAMMA, "alpha": ALPHA,
+}  # fmt: skip
+"""What every run has; rows of another budget are not looked at."""
+SHUFFLED_PAIRS = 400
+_STATES_BYTES = 1 << 32
+_KERNEL: TypeAdapter[KernelTerm] = TypeAdapter(KernelTerm)
+_PENALTY: TypeAdapter[PenaltyTerm] = TypeAdapter(PenaltyTerm)
+_METRICS = (
+    "selection/features.py",
+    "selection/profile.py",
+    "selection/metrics/*.py",
+    "objectives/geometry.py",
+    "objectives/mixture.py",
+    "objectives/kernels/*.py",
+)
+_RECOMMENDER = ("selection/parts.py", "selection/recommender.py", "core/profile.py")
+
+
+def pair_name(kernel: str, divergence: str) -> str:
+    """How a kernel–divergence pair is called in the table."""
+    return f"{kernel} × {divergence}"
+
+
+PAIRS = tuple(pair_name(k.value, d.value) for k in BASE_KERNELS for d in DivergenceName)
+
+
+def objectives() -> dict[str, ObjectiveSpec]:
+    """Plain DPO and the 28 pairs, all of the same strengths: what differs is the pair."""
+    found = {PLAIN: ObjectiveSpec(beta=BETA)}
+    for kernel in BASE_KERNELS:
+        for divergence in DivergenceName:
+            found[pair_name(kernel.value, divergence.value)] = ObjectiveSpec(
+                beta=BETA,
+                kernel_term=_KERNEL.validate_python({"kernel": kernel.value, "gamma": GAMMA}),
+                divergence_term=_PENALTY.validate_python(
+                    {"divergence": divergence.value, "alpha": ALPHA}
+                ),
+            )
+    return found
+
+
+def metrics_version() -> str:
+    """Hash of the code that measures a dataset: rows of another version are measured anew."""
+    return _hash_of(_METRICS)
+
+
+def recommender_version() -> str:
+    """Hash of the code between features and a recommendation."""
+    return _hash_of(_METRICS + _RECOMMENDER)
+
+
+def _hash_of(patterns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Quiet:
+    """Hooks of a run that nobody watches and nobody stops."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def stepped(self, step: int, total: int) -> None: ...
+
+    def stopping(self) -> bool:
+        return False
+
+    def raise_if_stopped(self) -> None:
+        raise AssertionError("never asked to stop")
+
+
+@dataclass(frozen=True)
+class OpenCase:
+    """Pairs, their reference and the resident policy; runs follow one another in it."""
+
+    policy: Policy
+    seed: int
+    data: TrainingData
+    validation: tuple[TokenizedPair, ...]
+    validation_states: ReferenceStates
+    geometry: Geometry
+    plan: TrainPlan
+    features: ReferenceFeatures
+    about: dict[str, Any]
+
+    def profile(self) -> DatasetProfile:
+        """All metrics, as a recommendation job measures them."""
+        return profile_dataset(self.features, seed=self.seed)
+
+    def run(self, objective: ObjectiveSpec) -> dict[str, Any]:
+        """Train from the reference's weights and score on validation.
+
+        A run that meets NaN has no losses; `ended_by` says so.
+        """
+        started = time.perf_counter()
+        outcome = train(
+            self.policy,
+            build_objective(objective, geometry=self.geometry, head=self.policy.head.weight),
+            self.data, plan=self.plan, weights_learning_rate=0.0, hooks=_Quiet(),
+        )  # fmt: skip
+        row: dict[str, Any] = {"ended_by": outcome.ended_by.value, "losses": None}
+        if outcome.ended_by is EndedBy.BUDGET:
+            measured = measure(
+                self.policy, self.validation, reference=self.validation_states,
+                progress=lambda done, total: None,
+            )  # fmt: skip
+            if measured.is_finite:
+                score = trial_score(measured)
+                row |= {
+                    "losses": [round(float(loss), 5) for loss in score.losses],
+                    "log_loss": score.log_loss,
+                    "accuracy": score.accuracy,
+                    "drift": score.drift,
+                }
+            else:
+                row["ended_by"] = EndedBy.NAN.value
+        return {**row, "train_s": outcome.seconds, "seconds": time.perf_counter() - started}
+
+    def shuffles(self, number: int) -> dict[str, int]:
+        """How often the recommender claims something when labels are drawn by lot.
+
+        `separated` and `kernels_separated` are its claims of confidence; `predicts`, that it calls
+        a kernel better than chance.
+        """
+        found = dict.fromkeys(("separated", "kernels_separated", "claims", "predicts"), 0)
+        for draw in range(number):
+            generator = torch.Generator().manual_seed(draw)
+            profile = profile_dataset(
+                by_lot(self.features, generator), seed=draw, max_pairs=SHUFFLED_PAIRS
+            )
+            for name, value in claims(profile).items():
+                found[name] += value
+        return found
+
+
+def claims(profile: DatasetProfile) -> dict[str, bool]:
+    """What the recommender says with confidence of a profile."""
+    said = recommend(profile)
+    return {
+        "separated": said.separated,
+        "kernels_separated": said.kernels_separated,
+        "claims": said.separated or said.kernels_separated,
+        "predicts": any(kernel.kpa.low > 0.5 for kernel in profile.kernels),
+    }
+
+
+def by_lot(features: ReferenceFeatures, generator: torch.Generator) -> ReferenceFeatures:
+    """The same pairs, with chosen and rejected exchanged in each with probability ½."""
+    swap = torch.rand(features.pairs, generator=generator) < 0.5
+
+    def exchange(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        where = swap.reshape(-1, *[1] * (a.ndim - 1))
+        return torch.where(where, b, a), torch.where(where, a, b)
+
+    embeddings = exchange(features.chosen_embedding, features.rejected_embedding)
+    log_probs = exchange(features.chosen_log_prob, features.rejected_log_prob)
+    tokens = exchange(features.chosen_tokens, features.rejected_tokens)
+    return replace(
+        features,
+        chosen_embedding=embeddings[0], rejected_embedding=embeddings[1],
+        chosen_log_prob=log_probs[0], rejected_log_prob=log_probs[1],
+        chosen_tokens=tokens[0], rejected_tokens=tokens[1],
+    )  # fmt: skip
+
+
+def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> OpenCase:
+    """Read a file, split it by the seed, and run the reference over it once.
+
+    Raises:
+        RuntimeError: the file cannot become a dataset.
+    """
+    started = time.perf_counter()
+    result = ingest(
+        source, out_dir=scratch, dataset_id="bench",
+        policy=DatasetPolicy(split=SplitPolicy(seed=seed, **HELD_OUT)), limits=DataLimits(),
+        on_progress=lambda done, total: None,
+    )  # fmt: skip
+    if result.failure is not None:
+        raise RuntimeError(f"{source} cannot be used: {result.failure.message}")
+    split = {
+        name: tokenize_rows(
+            read_canonical(scratch / CANONICAL_NAME, name),
+            tokenizer=policy.tokenizer, max_length=BUDGET["max_length"],
+        )
+        for name in (Split.TRAIN, Split.VALIDATION)
+    }  # fmt: skip
+    pairs = split[Split.TRAIN].pairs
+    validation = split[Split.VALIDATION].pairs[:VALIDATION_PAIRS]
+    store = ReferenceStore(
+        scratch / "reference", max_bytes=2 * _STATES_BYTES, states_bytes=_STATES_BYTES
+    )
+    found, held_out = (
+        store.get(policy, part, key=name, states=True, progress=lambda done, total: None)
+        for name, part in (("train", pairs), ("validation", validation))
+    )
+    if found.states is None or held_out.states is None:
+        raise RuntimeError(f"the states of {source} pass {_STATES_BYTES} bytes; take fewer pairs")
+    plan = resolve_plan(
+        TrainSpec(max_steps=BUDGET["steps"], n_epochs=50, batch_size=BUDGET["batch_size"]),
+        num_pairs=len(pairs), hidden_size=policy.hidden_size, seed=seed, schedule="constant",
+    )  # fmt: skip
+    return OpenCase(
+        policy=policy, seed=seed,
+        data=TrainingData(
+            pairs=pairs, chosen_log_prob=found.table.chosen_log_prob,
+            rejected_log_prob=found.table.rejected_log_prob, reference_states=found.states,
+        ),
+        validation=validation, validation_states=held_out.states,
+        geometry=fit_geometry(found.table.embeddings, seed=seed), plan=plan,
+        features=found.table.features(pairs),
+        about={
+            "plan": plan.as_dict(), "train_pairs": len(pairs),
+            "tokens_a_pair": math.fsum(p.length for p in pairs) / len(pairs),
+            "warnings": [w for part in split.values() for w in part.warnings()],
+            "group": pair_groups(validation).tolist(),
+            "open_s": time.perf_counter() - started,
+        },
+    )  # fmt: skip
