@@ -8,6 +8,7 @@ and a part of the hashes (`worker/ingest/spool.py`).
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, assert_never
 
@@ -23,11 +24,13 @@ from worker.ingest.containers import Contents, LineReader
 from worker.ingest.faults import RowCode, RowFault
 from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.ingest.layout_common import Grouping
+from worker.ingest.overlap import PromptIndex
 from worker.ingest.pairing import Kept, keep, pairs_of
-from worker.ingest.report import Tally, build_report, status_of
+from worker.ingest.report import build_report, status_of
 from worker.ingest.rows import JsonObject, parse_row
 from worker.ingest.split import SplitPlan, plan_by_place
 from worker.ingest.spool import AnswerSpool, Mark, PairSpool, joined
+from worker.ingest.tally import Tally
 from worker.ingest.texts import Line
 from worker.ingest.verdict import verdict
 
@@ -115,7 +118,8 @@ def ingest(
             failure = failure or verdict(tally, policy=policy, limits=limits)
             sha256 = _publish(
                 pairs,
-                None if failure else out_dir / CANONICAL_NAME,
+                out_dir,
+                is_usable=failure is None,
                 policy=policy,
                 tally=tally,
                 on_progress=lambda: on_progress(reader.total_bytes, reader.total_bytes),
@@ -316,20 +320,26 @@ def _settle(state: _FirstPass) -> None:
 
 def _publish(
     pairs: PairSpool,
-    path: Path | None,
+    out_dir: Path,
     *,
+    is_usable: bool,
     policy: DatasetPolicy,
     tally: Tally,
     on_progress: Callable[[], None],
 ) -> str | None:
-    """Write the pairs with their splits; only count them when there is no path."""
-    if path is None:
-        _second_pass(pairs, None, plan=None, tally=tally, on_progress=on_progress)
-        return None
-    plan = plan_by_place(pairs.prompts, pairs.rank_at, policy.split)
-    tally.split_prompts = dict(plan.sizes)
-    with atomic_writer(path) as file:
-        return _second_pass(pairs, file, plan=plan, tally=tally, on_progress=on_progress)
+    """Write the pairs with their splits; only count them when they are no dataset."""
+    with PromptIndex(out_dir) as prompts:
+        sha256: str | None = None
+        run = partial(_second_pass, pairs, tally=tally, prompts=prompts, on_progress=on_progress)
+        if is_usable:
+            plan = plan_by_place(pairs.prompts, pairs.rank_at, policy.split)
+            tally.split_prompts = dict(plan.sizes)
+            with atomic_writer(out_dir / CANONICAL_NAME) as file:
+                sha256 = run(file, plan=plan)
+        else:
+            run(None, plan=None)
+        tally.overlap = prompts.overlap(keep=tally.limits.examples_per_code)
+        return sha256
 
 
 def _second_pass(
@@ -338,6 +348,7 @@ def _second_pass(
     *,
     plan: SplitPlan | None,
     tally: Tally,
+    prompts: PromptIndex,
     on_progress: Callable[[], None],
 ) -> str:
     """Count the pairs, and write them with their splits; return the SHA-256 of what was written."""
@@ -351,6 +362,7 @@ def _second_pass(
             continue
         row = found if plan is None else replace(found, split=plan.split_of(found.group_id))
         tally.accept(row, conflict=mark is Mark.CONFLICT)
+        prompts.add(row)
         if file is not None:
             tally.split_pairs[row.split] += 1
             data = to_line(row)

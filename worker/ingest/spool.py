@@ -56,7 +56,7 @@ class _Record:
     tie: bool
 
 
-class _Folder:
+class TemporaryFiles:
     """Temporary files without names, closed together."""
 
     def __init__(self, folder: Path) -> None:
@@ -74,19 +74,20 @@ class _Folder:
     ) -> None:
         self._stack.close()
 
-    def _file(self) -> BinaryIO:
+    def file(self) -> BinaryIO:
+        """Return a new file."""
         return self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
 
 
-class PairSpool(_Folder):
+class PairSpool(TemporaryFiles):
     """Pairs in the order in which they were found, marked when all are known."""
 
     def __init__(self, folder: Path, *, seed: int, max_pairs_per_prompt: int | None) -> None:
         super().__init__(folder)
         self._seed = seed
         self._cap = max_pairs_per_prompt
-        self._lines = self._file()
-        self._parts = [self._file() for _ in range(_PAIR_PARTS)]
+        self._lines = self.file()
+        self._parts = [self.file() for _ in range(_PAIR_PARTS)]
         self._prompts = [0] * _PAIR_PARTS
         self._marks = bytearray()
 
@@ -169,7 +170,7 @@ class PairSpool(_Folder):
             yield from_line(line), Mark(mark)
 
 
-class AnswerSpool(_Folder):
+class AnswerSpool(TemporaryFiles):
     """Single answers, until all answers to their prompts are known."""
 
     def __init__(self, folder: Path) -> None:
@@ -180,7 +181,7 @@ class AnswerSpool(_Folder):
     def add(self, group: Answers) -> None:
         """Add the answers of one row."""
         if not self._parts:
-            self._parts = [self._file() for _ in range(_ANSWER_PARTS)]
+            self._parts = [self.file() for _ in range(_ANSWER_PARTS)]
         part = digest(group.prompt)[0] * _ANSWER_PARTS >> 8
         self._parts[part].write(orjson.dumps(group, option=orjson.OPT_APPEND_NEWLINE))
         self.count += 1

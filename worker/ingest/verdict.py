@@ -4,7 +4,7 @@ from core.errors import InvalidInput, KdpoError, TooLarge
 from core.run_spec import DatasetPolicy
 from core.settings import DataLimits
 from worker.ingest.faults import RowCode
-from worker.ingest.report import Tally
+from worker.ingest.tally import Tally
 
 
 def verdict(tally: Tally, *, policy: DatasetPolicy, limits: DataLimits) -> KdpoError | None:

@@ -21,6 +21,10 @@ def test_all_names_are_described(names):
     assert not {str(name) for name in names} - NAMED
 
 
+def test_all_checks_are_described(run, lines, good):
+    assert not {check["check"] for check in run(lines(good(12))).report["lint"]} - NAMED
+
+
 def test_layouts_are_listed_once_in_the_order_of_their_names():
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| [^|]+ \|$", TEXT, re.M)
     assert rows[0] == "layout"

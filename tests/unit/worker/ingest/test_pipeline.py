@@ -64,6 +64,9 @@ def test_report_has_the_documented_shape(run, lines, good):
         "identical_pair",
         "duplicate_pair",
         "label_conflict",
+        "near_duplicate",
+        "eval_overlap",
+        "prompt_leak",
     ]
     assert report["preview"] == [orjson.loads(to_line(row)) for row in outcome.rows[:3]]
 
