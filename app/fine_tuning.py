@@ -1,5 +1,6 @@
 """Fine-tuning jobs in OpenAI's form."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -28,7 +29,7 @@ from app.jobs import (
     read_events,
     read_metrics,
 )
-from app.queue import relay_now
+from app.queue import CeleryQueue, relay_now
 from app.responses import ListOf, conditional
 from core.hub import resolve
 from core.lifecycle import JobKind, JobStatus
@@ -38,6 +39,7 @@ from core.spec import SpecModel
 from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
+from models.session import Database
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -59,6 +61,7 @@ ModelName = Annotated[
     ),
 ]
 DatasetId = Annotated[str, Field(pattern=ID_PATTERN)]
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class CreateFineTuningJob(SpecModel):
@@ -89,8 +92,16 @@ class CreateFineTuningJob(SpecModel):
     dataset_id: DatasetId
     method: Method = AutoMethod(type="auto")
     seed: Seed = 0
-    suffix: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    suffix: Suffix | None = None
     metadata: Metadata = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The recommendation that a job comes from, and the pinned model that it is of."""
+
+    id: str
+    model: dict[str, Any]
 
 
 @router.post("", operation_id="create_fine_tuning_job")
@@ -98,13 +109,32 @@ def create_fine_tuning_job(
     caller: WritesJobs, database: Db, queue: Queue, settings: Config, body: CreateFineTuningJob
 ) -> FineTuningJob:
     """Queue a fine-tuning job; `auto` measures the data, searches, trains and compares."""
+    return queue_fine_tuning(caller.owner_id, database, queue, settings, body)
+
+
+def queue_fine_tuning(
+    owner_id: str,
+    database: Database,
+    queue: CeleryQueue,
+    settings: Settings,
+    body: CreateFineTuningJob,
+    *,
+    accepted: Accepted | None = None,
+) -> FineTuningJob:
+    """Queue a fine-tuning job; one that an accepted recommendation names has its very model.
+
+    Raises:
+        NotFound: no such dataset.
+        Conflict: the dataset cannot be used.
+        InvalidInput: the model cannot be used.
+    """
     with database.reading() as session:
-        DatasetRepository(session).get_usable(caller.owner_id, body.dataset_id)
-    spec = _job_spec(body, settings)
+        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
+    spec = _job_spec(body, settings, accepted)
     with database.transaction() as session:
-        DatasetRepository(session).get_usable(caller.owner_id, body.dataset_id)
+        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
         job = JobRepository(session).create(
-            owner_id=caller.owner_id,
+            owner_id=owner_id,
             kind=JobKind.TRAINING,
             spec=spec,
             dataset_id=body.dataset_id,
@@ -117,16 +147,22 @@ def create_fine_tuning_job(
     return view
 
 
-def _job_spec(body: CreateFineTuningJob, settings: Settings) -> dict[str, Any]:
+def _job_spec(
+    body: CreateFineTuningJob, settings: Settings, accepted: Accepted | None
+) -> dict[str, Any]:
     """Return what the worker reads, with every model pinned."""
     encoder = None
     if isinstance(body.method, KernelDpoMethod) and body.method.kernel_dpo.encoder is not None:
         encoder = resolve(body.method.kernel_dpo.encoder, settings).model_dump(mode="json")
     spec: dict[str, Any] = {
-        "model": resolve(body.model, settings).model_dump(mode="json"),
+        "model": resolve(body.model, settings).model_dump(mode="json")
+        if accepted is None
+        else accepted.model,
         "method": body.method.model_dump(mode="json"),
         "encoder": encoder,
     }
+    if accepted is not None:
+        spec["recommendation_id"] = accepted.id
     return spec if body.suffix is None else {**spec, "suffix": body.suffix}
 
 

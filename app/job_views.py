@@ -180,7 +180,9 @@ def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
         fine_tuned_model=None if result is None else result.run.checkpoint_id,
         resumable=not ended,
         resume_blocked_reason=f"the job has {job.status.value}" if ended else None,
-        recommendation_id=None if recommendation is None else recommendation.id,
+        recommendation_id=job.spec.get("recommendation_id")
+        if recommendation is None
+        else recommendation.id,
         study_id=None if study is None else study.id,
         result=result,
     )

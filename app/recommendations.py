@@ -1,6 +1,6 @@
 """Recommendations: which kernel and divergence fit a dataset under a model, and why."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field
@@ -8,23 +8,40 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
-from app.fine_tuning import DatasetId, Metadata, ModelName, Seed
-from app.job_views import JobError, Progress, QueuePlace, job_error, progress_view
+from app.fine_tuning import (
+    Accepted,
+    CreateFineTuningJob,
+    DatasetId,
+    Metadata,
+    ModelName,
+    Seed,
+    Suffix,
+    queue_fine_tuning,
+)
+from app.job_views import (
+    FineTuningJob,
+)
+from app.jobs import NoOptions
 from app.queue import relay_now
+from app.recommendation_views import (
+    RecommendationMatrix,
+    RecommendationView,
+    matrix_view,
+    recommendation_view,
+)
 from app.responses import (
     ListOf,
-    Schema,
     conditional,
     json_response,
-    unix,
     wait_until,
 )
-from core.errors import NotFound
+from core.errors import Conflict, InvalidInput, NotFound
 from core.hub import resolve
-from core.lifecycle import JobKind, JobStatus
-from core.profile import Choice, DatasetProfile, RankedPair, Recommendation
+from core.lifecycle import JobKind
+from core.methods import KernelDpo, KernelDpoHyperparameters, KernelDpoMethod
+from core.profile import RankedPair
 from core.settings import Settings
-from core.spec import SpecModel
+from core.spec import PenaltyTerm, SpecModel
 from models.experiment import RecommendationRow
 from models.job import Job
 from models.repositories.datasets import DatasetRepository
@@ -50,43 +67,27 @@ class CreateRecommendation(SpecModel):
     metadata: Metadata = Field(default_factory=dict)
 
 
-class Answer(Schema):
-    """The pair that fits best, and how far the data separate it from the next."""
+class AcceptRecommendation(SpecModel):
+    """Which pair of the ranking to train, and what to set otherwise than it recommends."""
 
-    kernel: str
-    divergence: str
-    confidence: float
-    margin: float
-    runner_up: RankedPair
-    separated: bool
-    kernels_separated: bool
-    kernel_choice: Choice
-    divergence_choice: Choice
-    tied_pairs: int
-    summary: str
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {},
+                {"rank": 2, "hyperparameters": {"n_epochs": 2, "learning_rate": 2e-4}},
+            ]
+        }
+    )
 
-
-class RecommendationView(Schema):
-    """A recommendation; the answer is there as soon as there is one."""
-
-    id: str
-    object: Literal["recommendation"] = "recommendation"
-    status: JobStatus
-    provisional: bool
-    job_id: str
-    dataset_id: str
-    model: str
-    seed: int
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
-    progress: Progress | None
-    queue: QueuePlace
-    recommendation: Answer | None
-    ranking: list[RankedPair]
-    evidence: DatasetProfile | None
-    metadata: dict[str, str]
-    error: JobError | None
+    rank: int = Field(default=1, ge=1, description="1 is the recommended pair, 2 the runner-up")
+    hyperparameters: KernelDpoHyperparameters = Field(
+        default=KernelDpoHyperparameters(),
+        description="as in `method.kernel_dpo.hyperparameters` of a fine-tuning job; beta, gamma "
+        "and alpha that are not given are those of the pair",
+    )
+    seed: Seed | None = Field(default=None, description="null: that of the recommendation")
+    suffix: Suffix | None = None
+    metadata: Metadata = Field(default_factory=dict)
 
 
 @router.post(
@@ -126,7 +127,10 @@ def list_recommendations(
     with database.reading() as session:
         page = JobRepository(session).page(caller.owner_id, query, kind=JobKind.RECOMMENDATION)
         experiments = ExperimentRepository(session)
-        views = [_view(session, job, experiments.recommendation_of(job.id)) for job in page.rows]
+        views = [
+            recommendation_view(session, job, experiments.recommendation_of(job.id))
+            for job in page.rows
+        ]
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
@@ -140,6 +144,84 @@ def get_recommendation(
 ) -> Response:
     """Return one recommendation, also one that a fine-tuning job made on its way."""
     return conditional(request, _read(database, caller.owner_id, recommendation_id))
+
+
+@router.get(
+    "/{recommendation_id}/matrix",
+    operation_id="get_recommendation_matrix",
+    response_model=RecommendationMatrix,
+)
+def get_recommendation_matrix(
+    request: Request, caller: ReadsJobs, database: Db, recommendation_id: RecommendationId
+) -> Response:
+    """Return the ranking as a heat map, with how often searches have tried each pair."""
+    with database.reading() as session:
+        job, row = _find(session, caller.owner_id, recommendation_id)
+        view = recommendation_view(session, job, row)
+        trials = ExperimentRepository(session).trials_on(
+            caller.owner_id, dataset_id=view.dataset_id, model=job.model or ""
+        )
+    return conditional(request, matrix_view(view, trials))
+
+
+@router.post(
+    "/{recommendation_id}/accept",
+    operation_id="accept_recommendation",
+    status_code=201,
+    response_model=FineTuningJob,
+)
+def accept_recommendation(
+    caller: WritesJobs,
+    database: Db,
+    queue: Queue,
+    settings: Config,
+    recommendation_id: RecommendationId,
+    body: AcceptRecommendation | None = None,
+) -> Response:
+    """Queue a fine-tuning job with a pair of the ranking: the first, unless `rank` says another."""
+    body = body or AcceptRecommendation()
+    with database.reading() as session:
+        job, row = _find(session, caller.owner_id, recommendation_id)
+        view = recommendation_view(session, job, row)
+    asked = CreateFineTuningJob(
+        model=job.model or "",
+        dataset_id=view.dataset_id,
+        method=KernelDpoMethod(
+            type="kernel_dpo", kernel_dpo=_named(_pick(view, body.rank), body.hyperparameters)
+        ),
+        seed=view.seed if body.seed is None else body.seed,
+        suffix=body.suffix,
+        metadata=body.metadata,
+    )
+    made = queue_fine_tuning(
+        caller.owner_id,
+        database,
+        queue,
+        settings,
+        asked,
+        accepted=Accepted(view.id, model=job.spec["model"]),
+    )
+    return json_response(made, status=201, headers={"Location": f"/v1/fine_tuning/jobs/{made.id}"})
+
+
+@router.post("/{recommendation_id}/cancel", operation_id="cancel_recommendation", status_code=202)
+def cancel_recommendation(
+    caller: WritesJobs,
+    database: Db,
+    recommendation_id: RecommendationId,
+    _body: NoOptions | None = None,
+) -> RecommendationView:
+    """Cancel a recommendation: at once when it is queued, between two batches when it runs."""
+    with database.transaction() as session:
+        job, row = _find(session, caller.owner_id, recommendation_id)
+        if job.kind is not JobKind.RECOMMENDATION:
+            raise Conflict(
+                f"recommendation {recommendation_id} was made by job {job.id} and is finished",
+                code="job_not_cancellable",
+                hint=f"POST /v1/fine_tuning/jobs/{job.id}/cancel cancels the job",
+            )
+        job = JobRepository(session).request_cancel(caller.owner_id, job.id)
+        return recommendation_view(session, job, row)
 
 
 def _create(
@@ -169,55 +251,65 @@ def _is_done(database: Database, owner_id: str, job_id: str) -> bool:
 
 def _read(database: Database, owner_id: str, recommendation_id: str) -> RecommendationView:
     with database.reading() as session:
-        jobs = JobRepository(session)
-        experiments = ExperimentRepository(session)
-        try:
-            job = jobs.get(owner_id, recommendation_id, kind=JobKind.RECOMMENDATION)
-            row = experiments.recommendation_of(job.id)
-        except NotFound:
-            row = experiments.recommendation(owner_id, recommendation_id)
-            job = jobs.get(owner_id, row.job_id)
-        return _view(session, job, row)
+        job, row = _find(session, owner_id, recommendation_id)
+        return recommendation_view(session, job, row)
 
 
-def _view(session: Session, job: Job, row: RecommendationRow | None) -> RecommendationView:
-    """Return the view; what a fine-tuning job made on its way is finished when it is stored."""
-    on_the_way = row is not None and row.id != job.id
-    status = JobStatus.SUCCEEDED if on_the_way else job.status
-    found = None if row is None else Recommendation.model_validate(row.result)
-    ahead = JobRepository(session).queue_position(job)
-    return RecommendationView(
-        id=job.id if row is None else row.id,
-        status=status,
-        provisional=found is not None and not status.is_terminal,
-        job_id=job.id,
-        dataset_id=(job.dataset_id or "") if row is None else row.dataset_id,
-        model=(job.model or "") if row is None else row.model,
-        seed=job.seed,
-        created_at=int(job.created_at if row is None or not on_the_way else row.created_at),
-        started_at=unix(job.started_at),
-        finished_at=unix(row.created_at if row is not None and on_the_way else job.finished_at),
-        progress=None if on_the_way else progress_view(job),
-        queue=QueuePlace(position=None if ahead is None else ahead + 1, ahead=ahead or 0),
-        recommendation=None if found is None else _answer(found),
-        ranking=[] if found is None else list(found.ranking),
-        evidence=None if found is None else found.profile,
-        metadata=job.labels,
-        error=None if on_the_way else job_error(job.error),
-    )
+def _find(
+    session: Session, owner_id: str, recommendation_id: str
+) -> tuple[Job, RecommendationRow | None]:
+    """Return the job behind an id, a recommendation's own or a fine-tuning job, and its answer."""
+    jobs = JobRepository(session)
+    experiments = ExperimentRepository(session)
+    try:
+        job = jobs.get(owner_id, recommendation_id, kind=JobKind.RECOMMENDATION)
+    except NotFound:
+        row = experiments.recommendation(owner_id, recommendation_id)
+        return jobs.get(owner_id, row.job_id), row
+    return job, experiments.recommendation_of(job.id)
 
 
-def _answer(found: Recommendation) -> Answer:
-    return Answer(
-        kernel=found.kernel,
-        divergence=found.divergence,
-        confidence=found.confidence,
-        margin=found.margin,
-        runner_up=found.runner_up,
-        separated=found.separated,
-        kernels_separated=found.kernels_separated,
-        kernel_choice=found.kernel_choice,
-        divergence_choice=found.divergence_choice,
-        tied_pairs=found.tied_pairs,
-        summary=found.summary,
+def _pick(view: RecommendationView, rank: int) -> RankedPair:
+    """Return the pair of a rank.
+
+    Raises:
+        Conflict: there is no final answer.
+        InvalidInput: no pair has the rank.
+    """
+    if not view.ranking or view.provisional:
+        ended = view.status.is_terminal
+        raise Conflict(
+            f"recommendation {view.id} is {view.status.value} and has "
+            f"{'a provisional' if view.ranking else 'no'} answer; expected a final one",
+            code="recommendation_not_ready",
+            hint="ask for a new one: POST /v1/recommendations"
+            if ended
+            else f"poll GET /v1/recommendations/{view.id} until its status is succeeded",
+            retryable=not ended,
+        )
+    if rank > len(view.ranking):
+        raise InvalidInput(
+            f"rank is {rank}; expected 1 to {len(view.ranking)}, the length of the ranking",
+            param="rank",
+        )
+    return view.ranking[rank - 1]
+
+
+def _named(pair: RankedPair, given: KernelDpoHyperparameters) -> KernelDpo:
+    """Return a ranked pair as the body of a fine-tuning job; what is given wins over its own."""
+    objective = pair.objective
+    kernel, divergence = objective.kernel_term, objective.divergence_term
+    own: dict[str, Any] = {"beta": objective.beta, "label_smoothing": objective.label_smoothing}
+    if kernel is not None:
+        own["gamma"] = kernel.gamma
+    if isinstance(divergence, PenaltyTerm):
+        own["alpha"] = divergence.alpha
+    return KernelDpo(
+        kernel=None if kernel is None else kernel.kernel,
+        kernel_mode=None if kernel is None else kernel.mode,
+        divergence=None if divergence is None else divergence.divergence,
+        divergence_mode=None if divergence is None else divergence.mode,
+        hyperparameters=KernelDpoHyperparameters.model_validate(
+            own | given.model_dump(exclude_unset=True)
+        ),
     )

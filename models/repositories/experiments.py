@@ -16,6 +16,7 @@ from models.experiment import (
     StudyRow,
     TrialRow,
 )
+from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
@@ -112,6 +113,22 @@ class ExperimentRepository:
     def trials(self, study_id: str) -> list[TrialRow]:
         """Return the trials of a study in order."""
         statement = select(TrialRow).where(TrialRow.study_id == study_id).order_by(TrialRow.number)
+        return list(self._session.execute(statement).scalars())
+
+    def trials_on(self, owner_id: str, *, dataset_id: str, model: str) -> list[TrialRow]:
+        """Return all ended trials of the owner's searches on a dataset under a model."""
+        statement = (
+            select(TrialRow)
+            .join(StudyRow, StudyRow.id == TrialRow.study_id)
+            .join(Job, Job.id == StudyRow.job_id)
+            .where(
+                Job.owner_id == owner_id,
+                Job.dataset_id == dataset_id,
+                Job.model == model,
+                TrialRow.status.in_((TrialStatus.COMPLETE, TrialStatus.PRUNED, TrialStatus.FAIL)),
+            )
+            .order_by(TrialRow.id)
+        )
         return list(self._session.execute(statement).scalars())
 
     def trial_page(self, study_id: str, query: PageQuery) -> Page[TrialRow]:

@@ -30,11 +30,9 @@ from core.profile import (
 )
 from core.queue import QUEUE_OF_KIND
 from core.results import Comparison, Evaluation, GeneratedSample, RunSummary, TrainingResult
-from core.run_spec import DatasetPolicy
+from core.run_spec import CandidateSpec, DatasetPolicy
 from core.settings import Settings
-from core.spec import (
-    ObjectiveSpec,
-)
+from core.spec import KernelTerm, ObjectiveSpec, PenaltyTerm
 from models.job import Job as JobRow
 from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
@@ -212,7 +210,8 @@ class World:
             steps.start(fence, "search")
             for number, log_loss in enumerate((0.61, 0.55)):
                 experiments.start_trial(
-                    fence, study, number=number, origin="prior", candidate={}, label="rbf"
+                    fence, study, number=number, origin="prior",
+                    candidate=candidate(objective("rbf")), label="rbf",
                 )
                 experiments.finish_trial(
                     fence, study, number=number, status=TrialStatus.COMPLETE,
@@ -268,6 +267,18 @@ def estimate(value: float) -> Estimate:
     return Estimate(value=value, low=value - 0.1, high=value + 0.1)
 
 
+def objective(kernel: str, divergence: str = "kl") -> ObjectiveSpec:
+    return ObjectiveSpec(
+        beta=0.2,
+        kernel_term=KernelTerm.model_validate({"kernel": kernel, "gamma": 0.05}),
+        divergence_term=PenaltyTerm.model_validate({"divergence": divergence, "alpha": 1.2}),
+    )
+
+
+def candidate(objective: ObjectiveSpec) -> dict[str, Any]:
+    return CandidateSpec(objective=objective, learning_rate=1e-3).model_dump(mode="json")
+
+
 def recommendation() -> Recommendation:
     lead = Lead(margin=estimate(0.5), confidence=0.8, separated=True)
     ranking = tuple(
@@ -275,7 +286,7 @@ def recommendation() -> Recommendation:
             rank=rank, kernel=kernel, divergence="kl", mode="penalty", score=estimate(1.0 / rank),
             behind=None if rank == 1 else lead,
             reason="its geometry separates the sides", evidence={"pnd": 0.4},
-            objective=ObjectiveSpec(),
+            objective=objective(kernel),
         )
         for rank, kernel in enumerate(("rbf", "polynomial"), start=1)
     )  # fmt: skip
