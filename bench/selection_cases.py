@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,31 +160,32 @@ class OpenCase:
         return {**row, "train_s": outcome.seconds, "seconds": time.perf_counter() - started}
 
     def shuffles(self, number: int) -> dict[str, int]:
-        """How often the recommender claims something when labels are drawn by lot.
-
-        `separated` and `kernels_separated` are its claims of confidence; `predicts`, that it calls
-        a kernel better than chance.
-        """
-        found = dict.fromkeys(("separated", "kernels_separated", "claims", "predicts"), 0)
+        """How often the recommender claims something when labels are drawn by lot (`claims`)."""
+        found: Counter[str] = Counter()
         for draw in range(number):
             generator = torch.Generator().manual_seed(draw)
             profile = profile_dataset(
                 by_lot(self.features, generator), seed=draw, max_pairs=SHUFFLED_PAIRS
             )
-            for name, value in claims(profile).items():
-                found[name] += value
-        return found
+            found.update({name: int(value) for name, value in claims(profile).items()})
+        return dict(found)
 
 
 def claims(profile: DatasetProfile) -> dict[str, bool]:
-    """What the recommender says with confidence of a profile."""
+    """What the recommender says with confidence of a profile.
+
+    `claims` is any of its claims that what comes first leads what comes next; `predicts`, that it
+    calls a kernel better than chance, is no claim about the ranking.
+    """
     said = recommend(profile)
-    return {
+    leads = {
         "separated": said.separated,
+        "kernel_separated": said.kernel_choice.lead.separated,
+        "divergence_separated": said.divergence_choice.lead.separated,
         "kernels_separated": said.kernels_separated,
-        "claims": said.separated or said.kernels_separated,
-        "predicts": any(kernel.kpa.low > 0.5 for kernel in profile.kernels),
     }
+    predicts = any(kernel.kpa.low > 0.5 for kernel in profile.kernels)
+    return {**leads, "claims": any(leads.values()), "predicts": predicts}
 
 
 def by_lot(features: ReferenceFeatures, generator: torch.Generator) -> ReferenceFeatures:

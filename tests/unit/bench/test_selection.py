@@ -15,6 +15,7 @@ from bench.selection_cases import (
     PAIRS,
     PLAIN,
     OpenCase,
+    claims,
     metrics_version,
     objectives,
     open_case,
@@ -22,6 +23,8 @@ from bench.selection_cases import (
 )
 from bench.train_report import Table
 from core.run_spec import LoraSpec
+from core.spec import KernelName
+from tests.unit.selection.samples import profile
 from worker.training.model import load_policy
 
 SOURCE = Source("made-up", Path("made-up.jsonl"), "0")
@@ -141,5 +144,13 @@ def test_what_is_measured_is_what_was_missing(case: OpenCase, tmp_path: Path, ta
 
 def test_labels_by_lot_are_counted(case: OpenCase) -> None:
     found = case.shuffles(3)
-    assert set(found) == {"separated", "kernels_separated", "claims", "predicts"}
-    assert max(found["separated"], found["kernels_separated"]) <= found["claims"] <= 3
+    leads = ("separated", "kernel_separated", "divergence_separated", "kernels_separated")
+    assert set(found) == {*leads, "claims", "predicts"}
+    assert max(found[name] for name in leads) <= found["claims"] <= 3
+
+
+def test_a_lead_of_any_kind_is_a_claim() -> None:
+    kpa = {KernelName.RBF: 0.9}
+    assert not any(claims(profile(default_kpa=0.5)).values())
+    found = claims(profile(kpa=kpa, default_kpa=0.55, half=0.001))
+    assert (found["kernels_separated"], found["claims"], found["predicts"]) == (True, True, True)
