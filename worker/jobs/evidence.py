@@ -1,9 +1,11 @@
 """What the steps of a fine-tuning job hand on to each other, kept as their results."""
 
+from core.errors import FailureCode, RunAborted
 from core.results import Comparison, Evaluation, HeavyTails, RunSummary
 from core.run_spec import CandidateSpec
 from core.spec import SpecModel
 from worker.jobs.runs import RunRequest
+from worker.training.evaluate import Measured
 
 
 class Plan(SpecModel):
@@ -91,3 +93,17 @@ def run_summary(
         evaluation=measured,
         mixture_weights=trained.mixture_weights,
     )
+
+
+def refuse_non_finite(run: Measured) -> None:
+    """Make sure that a run can be told anything about.
+
+    Raises:
+        RunAborted: a log-prob on test is not finite (`loss_nan`).
+    """
+    if not run.is_finite:
+        raise RunAborted(
+            "run `train`: log-probs on test are not finite",
+            failure=FailureCode.LOSS_NAN,
+            hint="lower the learning rate",
+        )

@@ -4,11 +4,11 @@ Every step's result is kept; an attempt that follows a lost one begins at the fi
 and, inside it, at the last resume point.
 """
 
+import logging
 from typing import Any, assert_never
 
 from pydantic import TypeAdapter
 
-from core.errors import FailureCode, RunAborted
 from core.ids import IdPrefix, new_id
 from core.lifecycle import EndedBy, Phase
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
@@ -20,7 +20,7 @@ from models.repositories.jobs import JobRepository
 from models.repositories.steps import StepRepository
 from worker.context import JobContext
 from worker.ingest.canonical import Split
-from worker.jobs.evidence import Evidence, Plan, Trained, run_summary
+from worker.jobs.evidence import Evidence, Plan, Trained, refuse_non_finite, run_summary
 from worker.jobs.flags import raise_flags
 from worker.jobs.publish_run import Publication, publish_run
 from worker.jobs.recommend import make_recommendation, stored_recommendation
@@ -40,7 +40,9 @@ from worker.training.export import versions
 from worker.training.generate import generate_samples
 from worker.training.heavy_tail import heavy_tails
 from worker.training.run import RunOutcome
-from worker.training.trainer import Leave
+from worker.training.trainer import Leave, check_trackers
+
+log = logging.getLogger("kdpo.jobs")
 
 _METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 _AUTO_STEPS = {
@@ -63,7 +65,8 @@ def run(context: JobContext) -> dict[str, Any]:
     """Do one fine-tuning job and return its `TrainingResult` as JSON.
 
     Raises:
-        RunAborted: model or data cannot be used, the final run diverged, no trial was usable.
+        RunAborted: model or data cannot be used, the machine has not what is asked for, the final
+            run diverged, no trial was usable.
         StorageFull: the disk has no room.
         CancelRequested, Preempted: the attempt was asked to stop; a resume point was saved.
         LeaseLost: another attempt owns the job.
@@ -71,6 +74,7 @@ def run(context: JobContext) -> dict[str, Any]:
     method = _METHOD.validate_python(context.job.spec["method"])
     spans = _AUTO_STEPS if isinstance(method, AutoMethod) else _NAMED_STEPS
     context.plan(list(spans))
+    check_trackers(context.settings.training.trackers)
     encoder = context.job.spec.get("encoder")
     bench = open_workbench(
         context,
@@ -78,6 +82,7 @@ def run(context: JobContext) -> dict[str, Any]:
         splits=(Split.TRAIN, Split.VALIDATION, Split.TEST),
         encoder=None if encoder is None else ModelRef.model_validate(encoder),
     )
+    log.info("final runs have %d processes", bench.processes)
     if context.step_result(next(iter(spans))) is None:
         for warning in bench.warnings:
             context.warn(warning)
@@ -203,7 +208,7 @@ class _FineTune:
         span = self._spans["evaluate"]
         with context.step("evaluate") as result:
             run, run_temperature = self._measure(plan, "train", span=span.part(0, 4))
-            _refuse_non_finite(run)
+            refuse_non_finite(run)
             # Now, while the policy holds the run's weights.
             tails = heavy_tails(
                 self._bench.policy, progress=Reporter(context, "layers", span.part(1, 4))
@@ -383,12 +388,3 @@ class _FineTune:
             **bench.hashes,
             **{f"version.{name}": number for name, number in versions().items()},
         }
-
-
-def _refuse_non_finite(run: Measured) -> None:
-    if not run.is_finite:
-        raise RunAborted(
-            "run `train`: log-probs on test are not finite",
-            failure=FailureCode.LOSS_NAN,
-            hint="lower the learning rate",
-        )

@@ -24,7 +24,7 @@ from objectives import (
 )
 from worker.context import JobContext
 from worker.ingest.canonical import CanonicalRow, Split, read_canonical
-from worker.ingest.pipeline import CANONICAL_NAME
+from worker.jobs.rows import canonical_path, check_canonical
 from worker.jobs.runs import RunRequest, splits_with_states, weights_learning_rate
 from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
 from worker.training.checkpoint import Identity
@@ -32,7 +32,6 @@ from worker.training.distributed import resolve_processes, score, train_ranked
 from worker.training.encoder import encode_rows
 from worker.training.evaluate import Measured, measure
 from worker.training.export import versions
-from worker.training.folders import file_sha256
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
 from worker.training.rank_job import HeldOut, RankJob
@@ -49,7 +48,7 @@ from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
 from worker.training.tokenize import TokenizedPair, tokenize_rows
-from worker.training.trainer import Leave, check_trackers, train_final
+from worker.training.trainer import Leave, train_final
 
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
 _PASSES_SHARE = 0.1
@@ -77,7 +76,6 @@ class Workbench:
         self.spec = spec
         self.seed = context.job.seed
         self.threads = threads
-        self.processes = resolve_processes(context.settings.training, policy.device)
         self._folder = folder
         self._encoder = encoder
         self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
@@ -93,6 +91,15 @@ class Workbench:
         self._references: dict[tuple[Split, bool], Reference] = {}
         self._encodings: PairEmbeddings | None = None
         self._geometries: dict[str, Geometry] = {}
+
+    @cached_property
+    def processes(self) -> int:
+        """How many processes a final run has.
+
+        Raises:
+            RunAborted: this machine has not what the settings ask for (`dependency_error`).
+        """
+        return resolve_processes(self.context.settings.training, self.policy.device)
 
     def load_split(self, split: Split) -> None:
         """Read and tokenise a split.
@@ -120,6 +127,16 @@ class Workbench:
         states = Split.TRAIN in self._with_states
         return self._stored(Split.TRAIN, span, states=states).table
 
+    def reference_of(self, pairs: Sequence[TokenizedPair], span: Span) -> ReferenceTable:
+        """What the reference says about some pairs; for a whole split that is `reference`."""
+        return self._store.get(
+            self.policy,
+            pairs,
+            key=self._key(pairs),
+            states=False,
+            progress=Reporter(self.context, "pairs", span),
+        ).table
+
     def reference_states(self, split: Split, span: Span) -> ReferenceStates | None:
         """The reference's hidden states on a split, or None when they would take too much."""
         return self._stored(split, span, states=True).states
@@ -129,7 +146,7 @@ class Workbench:
             self._references[split, states] = self._store.get(
                 self.policy,
                 self.pairs[split],
-                key=self._key(split),
+                key=self._key(self.pairs[split]),
                 states=states,
                 progress=Reporter(self.context, "pairs", span),
             )
@@ -270,13 +287,13 @@ class Workbench:
     @cached_property
     def reference_key(self) -> str:
         """Name of the reference pass over the training split."""
-        return self._key(Split.TRAIN)
+        return self._key(self.pairs[Split.TRAIN])
 
-    def _key(self, split: Split) -> str:
+    def _key(self, pairs: Sequence[TokenizedPair]) -> str:
         return reference_key(
             model=self.hashes["model_sha256"],
             tokenizer=self.hashes["tokenizer_sha256"],
-            tokens=tokens_sha256(self.pairs[split]),
+            tokens=tokens_sha256(pairs),
             precision=self.policy.precision,
             # Attention in packed rows rounds in its own way, so it is part of the layout.
             form=str(self.policy.attention or self.policy.form),
@@ -332,11 +349,6 @@ class Workbench:
         return self._encodings
 
 
-def canonical_path(context: JobContext, dataset: Dataset) -> Path:
-    """Where ingest has put the dataset's canonical rows."""
-    return context.settings.artifact_dir / "datasets" / dataset.id / CANONICAL_NAME
-
-
 def open_workbench(
     context: JobContext,
     *,
@@ -352,11 +364,10 @@ def open_workbench(
         Unavailable: the hub does not answer.
     """
     threads = apply_threads(context.settings.training)
-    check_trackers(context.settings.training.trackers)
     model = ModelRef.model_validate(context.job.spec["model"])
     with context.database.reading() as session:
         dataset = DatasetRepository(session).load(str(context.job.dataset_id))
-    _check_canonical(canonical_path(context, dataset), dataset)
+    check_canonical(canonical_path(context, dataset), dataset)
     if model.source == "hub" or (encoder is not None and encoder.source == "hub"):
         context.phase(Phase.DOWNLOADING_MODEL)
     folder = fetch(model, context.settings)
@@ -381,20 +392,3 @@ def open_workbench(
     for split in splits:
         bench.load_split(split)
     return bench
-
-
-def _check_canonical(path: Path, dataset: Dataset) -> None:
-    if not path.is_file():
-        raise RunAborted(
-            f"the rows of dataset {dataset.id} are not on this server",
-            failure=FailureCode.DATASET_INVALID,
-            hint="upload it again; API and workers must share one data folder",
-        )
-    found = file_sha256(path)
-    if found != dataset.canonical_sha256:
-        raise RunAborted(
-            f"the rows of dataset {dataset.id} have sha256 {found}, expected "
-            f"{dataset.canonical_sha256}",
-            failure=FailureCode.DATASET_INVALID,
-            hint="the file was changed after validation; upload the data again",
-        )

@@ -56,7 +56,10 @@ def main(arguments: list[str]) -> NoReturn:
     logging.basicConfig(level=logging.INFO)
     job, saved = RankJob.read(folder)
     torch.set_num_threads(job.threads)
-    device = torch.device("cuda", rank) if job.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if job.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     policy = job.policy(device)
     store = TCPStore("127.0.0.1", port, is_master=False)
     store.set(f"ready/{rank}", "1")
