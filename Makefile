@@ -72,7 +72,7 @@ bench-step: setup ## Time training steps with each penalty against plain DPO's (
 bench-train: setup ## Time training against TRL's DPOTrainer (minutes; FULL=1: measure everything)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.train $(if $(FULL),--full)
 
-# FULL=1 measures what the kept table lacks (half an hour for all); it can be stopped and goes on.
+# FULL=1 measures what the kept table lacks (half an hour to an hour for all); it can be stopped and goes on.
 # DATA=folder and LIMIT=runs are for FULL=1.
 bench-selection: setup ## Compare recommendations with trained rankings (FULL=1: measure)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.selection $(if $(FULL),--full) \
