@@ -29,7 +29,7 @@ from worker.training.run import Ended, RunHooks
 
 # One process may write a large resume point while the others wait for it.
 _TIMEOUT = timedelta(hours=2)
-_POLL_S, _GRACE_S, _LOG_TAIL = 0.1, 10.0, 2000
+_POLL_S, _GRACE_S, _LOG_TAIL = 0.1, 10.0, 500
 _LOOPBACK = "127.0.0.1"
 
 
@@ -82,12 +82,14 @@ def other_processes(
 ) -> Iterator[Ranks]:
     """Start the other processes and be the first of the group; none is left after the block."""
     shutil.rmtree(folder, ignore_errors=True)
-    job.write(folder, saved)
-    # It lives here: another process could end while somebody still asks it.
-    store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     threads = torch.get_num_threads()
-    children = [_start(folder, rank, size, store.port) for rank in range(1, size)]
+    children: list[subprocess.Popen[bytes]] = []
     try:
+        job.write(folder, saved)
+        # It lives here: another process could end while somebody still asks it.
+        store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        for rank in range(1, size):
+            children.append(_start(folder, rank, size, store.port))  # noqa: PERF401  # all are ended
         torch.set_num_threads(job.threads)
         _wait_for(children, folder, store, waiting=hooks.raise_if_stopped)
         with joined(store, rank=0, size=size, device=job.device):
@@ -151,10 +153,10 @@ def _raise_failure(
                 failure = orjson.loads(said.read_bytes())
                 if failure["ended_by"] == EndedBy.OOM:
                     raise Ended(EndedBy.OOM, failure["message"]) from cause
-            log = (folder / f"rank-{rank}.log").read_text(errors="replace")
+            lines = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
             raise RunAborted(
                 f"process {rank} of the run ended with status {child.returncode}: "
-                f"{log[-_LOG_TAIL:].strip() or 'it said nothing'}",
+                f"{lines[-1][:_LOG_TAIL] if lines else 'it said nothing'}",
                 failure=FailureCode.INTERNAL,
                 hint="the job can be started again; report this if it happens twice",
             ) from cause

@@ -211,10 +211,14 @@ class TrainingRun:
         }
 
     def trained(self) -> dict[str, Tensor]:
-        """What is trained by the names that a point has for it, whole also where it is sharded."""
+        """Copies of what is trained, by the names that a point has for it.
+
+        Sharded tensors are put together, for which every process has to call this; only the first
+        is given them.
+        """
         named = {f"{_ADAPTER}{name}": p for name, p in self._adapter.items()}
         named |= {f"{_WEIGHTS}{name}": p for name, p in self._weights.items()}
-        return {name: _whole(parameter) for name, parameter in named.items()}
+        return {name: self._whole(parameter) for name, parameter in named.items()}
 
     def state(self, *, ended: bool = False) -> SavedState:
         """Copy everything that later steps depend on; refuses to save what is not finite.
@@ -227,8 +231,8 @@ class TrainingRun:
             for moment in _MOMENTS:
                 value = self.optimizer.state.get(parameter, {}).get(moment)
                 if value is not None:
-                    tensors[f"{_OPTIMIZER}{name}.{moment}"] = _whole(value)
-        tensors |= {f"{_WINDOW}{name}": _whole(value) for name, value in self._window.items()}
+                    tensors[f"{_OPTIMIZER}{name}.{moment}"] = self._whole(value)
+        tensors |= {f"{_WINDOW}{name}": self._whole(value) for name, value in self._window.items()}
         tensors |= self.watch.tensors()
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.policy.device.type == "cuda":
@@ -269,6 +273,13 @@ class TrainingRun:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.policy.device)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the host, put together where it is sharded; nothing but on the first."""
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        return whole.to("cpu", copy=True) if self.ranks.is_first else whole.new_empty(0)
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Put weights that `trained` has returned into policy and objective."""
@@ -329,14 +340,6 @@ def _weight_groups(weights: dict[str, nn.Parameter], rate: float) -> list[dict[s
     if not weights:
         return []
     return [{"params": list(weights.values()), "lr": rate, "base_lr": rate, "weight_decay": 0.0}]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the host, put together where it is sharded."""
-    detached = tensor.detach()
-    if isinstance(detached, DTensor):
-        return detached.full_tensor().cpu()
-    return detached.to("cpu", copy=True)
 
 
 def _like(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -240,8 +240,7 @@ class PairTrainer(Trainer):
             raise Ended(
                 EndedBy.NAN, f"log-probs on validation are not finite after step {run.step}"
             )
-        weights = run.trained()
-        run.watch.record(run.step, metrics["eval_log_loss"], weights if run.ranks.is_first else {})
+        run.watch.record(run.step, metrics["eval_log_loss"], run.trained())
         log.info(
             "step %d: validation log-loss %.4f, best %.4f at step %s",
             run.step, metrics["eval_log_loss"], run.watch.best_log_loss, run.watch.best_step,
