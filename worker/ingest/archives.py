@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 
 from core.errors import InvalidInput, TooLarge, UnsupportedMedia
 from worker.ingest.decompress import BLOCK, Budget
-from worker.ingest.formats import Format
+from worker.ingest.formats import HEAD_BYTES, Format
 
 _MAX_MEMBERS = 10_000
 _ENCRYPTED = 0x1
@@ -29,10 +29,14 @@ class _Member:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """One file of an archive as a temporary file; `done` is the part of the archive up to it."""
+    """One file of an archive as a temporary file of `size` bytes.
+
+    `done` is the part of the archive that is behind us when it is read, in [0, 1].
+    """
 
     name: str
     copy: BinaryIO
+    size: int
     done: float
 
 
@@ -46,14 +50,14 @@ def members(file: BinaryIO, format_: Format, *, folder: Path, budget: Budget) ->
     """
     try:
         found = _zip_members(file) if format_ is Format.ZIP else _tar_members(file)
-        size = max(1, sum(member.packed_bytes for member in found))
+        packed = max(1, sum(member.packed_bytes for member in found))
         done = 0
         for member in sorted(found, key=lambda member: member.name):
             done += member.packed_bytes
             with tempfile.TemporaryFile(dir=folder) as copy:
-                _copy(member, copy, compressed=format_ is Format.ZIP, budget=budget)
+                size = _copy(member, copy, compressed=format_ is Format.ZIP, budget=budget)
                 copy.seek(0)
-                yield Unpacked(member.name, copy, done / size)
+                yield Unpacked(member.name, copy, size, done / packed)
     except (
         zipfile.BadZipFile,
         tarfile.TarError,
@@ -70,7 +74,7 @@ def members(file: BinaryIO, format_: Format, *, folder: Path, budget: Budget) ->
         ) from error
 
 
-def _copy(member: _Member, copy: IO[bytes], *, compressed: bool, budget: Budget) -> None:
+def _copy(member: _Member, copy: IO[bytes], *, compressed: bool, budget: Budget) -> int:
     if compressed:
         budget.consumed += member.packed_bytes
     size = 0
@@ -81,6 +85,7 @@ def _copy(member: _Member, copy: IO[bytes], *, compressed: bool, budget: Budget)
             size += len(block)
             budget.check_size(size)
             copy.write(block)
+    return size
 
 
 def _zip_members(file: BinaryIO) -> list[_Member]:
@@ -139,7 +144,7 @@ def _check_count(count: int) -> None:
 
 def _check_name(name: str) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
         raise _unsafe(name, "has a name that leads out of the archive")
 
 
@@ -170,5 +175,5 @@ def looks_like_data(head: bytes, format_: Format) -> bool:
     if format_ is not Format.JSONL:
         return True
     first = head.lstrip().partition(b"\n")[0].strip()
-    complete = b"\n" in head.lstrip() or len(head.lstrip()) == len(first)
+    complete = b"\n" in head.lstrip() or len(head) < HEAD_BYTES
     return first.startswith(b"{") and (not complete or first.endswith(b"}"))

@@ -139,10 +139,13 @@ def check_completion(completion: Sequence[Message], pointer: str) -> None:
 
 def check_differs(chosen: Sequence[Message], rejected: Sequence[Message]) -> None:
     """The two sides must differ by more than white space at the ends."""
-    if [(m.role, m.content.strip()) for m in chosen] == [
-        (m.role, m.content.strip()) for m in rejected
-    ]:
+    if same_turns(chosen, rejected):
         raise RowFault(RowCode.IDENTICAL_PAIR, SAME_SIDES)
+
+
+def same_turns(a: Sequence[Message], b: Sequence[Message]) -> bool:
+    """Return whether two answers are the same but for white space at the ends of turns."""
+    return [(m.role, m.content.strip()) for m in a] == [(m.role, m.content.strip()) for m in b]
 
 
 def _check_order(turns: Sequence[Message], pointer: str) -> None:

@@ -75,9 +75,18 @@ class LineReader:
         self._columns = KNOWN_COLUMNS | frozenset(self._mapping.values())
         self._budget = Budget(limits)
         self.total_bytes = source.stat().st_size
-        self.read_bytes = 0
         self.contents = Contents()
         self._in_archive = False
+        # Bytes of the file that were read, by what is read now: a member, or a table that was
+        # unpacked first, is the part of the file up to `_end`.
+        self._read = 0.0
+        self._end = float(self.total_bytes)
+        self._scale = 1.0
+
+    @property
+    def read_bytes(self) -> int:
+        """How much of the file was read."""
+        return min(self.total_bytes, int(self._read))
 
     def __iter__(self) -> Iterator[Line]:
         with self._source.open("rb") as file:
@@ -122,9 +131,7 @@ class LineReader:
             yield block
 
     def _count(self, size: int) -> None:
-        # In an archive the members are counted, not what they become.
-        if not self._in_archive:
-            self.read_bytes += size
+        self._read += size * self._scale
 
     def _compressed(self, file: BinaryIO, compression: Format) -> Iterator[Line]:
         blocks = decompressed(file, compression, budget=self._budget, on_read=self._count)
@@ -140,6 +147,8 @@ class LineReader:
             return
         if format_ in ARCHIVES and self._in_archive:
             raise _archive_in_archive(format_)
+        # The other half is the reading of what is unpacked here.
+        self._scale /= 2
         with tempfile.TemporaryFile(dir=self._folder) as copy:
             for block in chain((head,), blocks):
                 copy.write(block)
@@ -179,11 +188,10 @@ class LineReader:
         # A text must not load Arrow.
         from worker.ingest.tables import table_rows
 
-        before = self.read_bytes
-        left = 0 if self._in_archive else self.total_bytes - before
+        before = self._read
 
         def on_part(part: float) -> None:
-            self.read_bytes = before + int(part * left)
+            self._read = before + part * (self._end - before)
 
         yield from table_rows(
             file,
@@ -196,14 +204,16 @@ class LineReader:
     def _archive(self, file: BinaryIO, format_: Format) -> Iterator[Line]:
         """Yield the rows of all data files; numbers go on from one to the next."""
         last = 0
-        before = self.read_bytes
+        before, left = self._read, self._end - self._read
         self._in_archive = True
         for member in members(file, format_, folder=self._folder, budget=self._budget):
+            self._end = before + member.done * left
+            self._scale = (self._end - self._read) / max(1, member.size)
             start = last
             for line in self._member(member.name, member.copy, first_line=start + 1):
                 last = start + line.number
                 yield Line(last, line.data, line.length, line.oversize, line.fault)
-            self.read_bytes = max(before, int(member.done * self.total_bytes))
+            self._read = self._end
         if not self.contents.members:
             raise no_data(self.contents.ignored)
 

@@ -9,6 +9,7 @@ from typing import Literal, assert_never
 from core.errors import TooLarge
 from core.run_spec import ComparisonPolicy
 from worker.ingest.canonical import Answer, Answers, Pair, digest
+from worker.ingest.checks import same_turns
 
 # Of 450 answers; more comparisons of one prompt would drown all others.
 _MAX_COMPARISONS = 100_000
@@ -104,7 +105,7 @@ def pairs_of(group: Answers, rules: Rules) -> Kept:
     """
     kept = Kept()
     for better, worse in _compared(group, rules):
-        if better.messages == worse.messages:
+        if same_turns(better.messages, worse.messages):
             kept.left_out.identical += 1
             continue
         pair = Pair(

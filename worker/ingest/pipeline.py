@@ -196,10 +196,14 @@ def _read(
 def _parse_all(
     reader: LineReader, tally: Tally, *, limits: DataLimits, on_progress: Progress
 ) -> Iterator[_Parsed]:
-    """Yield the rows of a file; blank lines are none. Reports progress each MiB and at the end."""
+    """Yield the rows of a file; blank lines are none.
+
+    Reports progress each MiB, each ten thousand rows (of which many may be one step of a table) and
+    at the end.
+    """
     reported = 0
     for line in reader:
-        if reader.read_bytes - reported >= _PROGRESS_BYTES:
+        if reader.read_bytes - reported >= _PROGRESS_BYTES or line.number % _PROGRESS_ROWS == 0:
             reported = reader.read_bytes
             on_progress(reported, reader.total_bytes)
         if not line.oversize and line.fault is None and not line.data.strip():

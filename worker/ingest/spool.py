@@ -55,6 +55,11 @@ class _Record:
     margin: float
     tie: bool
 
+    @property
+    def comparison(self) -> bytes:
+        """The same for both orders of a tie."""
+        return min(self.key, self.turned) if self.tie else self.key
+
 
 class TemporaryFiles:
     """Temporary files without names, closed together."""
@@ -111,8 +116,9 @@ class PairSpool(TemporaryFiles):
         """Mark duplicates, pairs beyond the limit of a prompt, and contradictions.
 
         The first of equal pairs stays. Beyond the limit those with the largest margins stay, of
-        equal ones those with the lowest hashes. A pair contradicts when an earlier one that stays
-        has the same answers the other way round; the two orders of a tie do not.
+        equal ones those with the lowest hashes; both orders of a tie count as one. A pair
+        contradicts when an earlier one that stays has the same answers the other way round; the two
+        orders of a tie do not.
         """
         for part in range(_PAIR_PARTS):
             by_prompt: dict[bytes, dict[bytes, _Record]] = defaultdict(dict)
@@ -128,10 +134,13 @@ class PairSpool(TemporaryFiles):
 
     def _settle_prompt(self, pairs: dict[bytes, _Record]) -> None:
         if self._cap is not None and len(pairs) > self._cap:
-            best_first = sorted(pairs.values(), key=lambda r: (-r.margin, r.key))
-            for record in best_first[self._cap :]:
-                self._marks[record.number] = Mark.OVER_LIMIT
-                del pairs[record.key]
+            kept: set[bytes] = set()
+            for record in sorted(pairs.values(), key=lambda r: (-r.margin, r.comparison)):
+                if record.comparison in kept or len(kept) < self._cap:
+                    kept.add(record.comparison)
+                else:
+                    self._marks[record.number] = Mark.OVER_LIMIT
+                    del pairs[record.key]
         for record in pairs.values():
             other = pairs.get(record.turned)
             if (

@@ -80,10 +80,12 @@ def _batches(
                         for index in range(table.num_row_groups)
                     )
                 )
-                groups = max(1, table.num_row_groups)
+                rows, done = max(1, table.metadata.num_rows), 0
                 for index in range(table.num_row_groups):
-                    yield from table.iter_batches(_ROWS, row_groups=[index], use_threads=False)
-                    on_part((index + 1) / groups)
+                    for batch in table.iter_batches(_ROWS, row_groups=[index], use_threads=False):
+                        yield batch
+                        done += batch.num_rows
+                        on_part(min(1.0, done / rows))
         case Format.ARROW:
             with ipc.open_file(file) as reader:
                 for index in range(reader.num_record_batches):

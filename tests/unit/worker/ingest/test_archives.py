@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import os
 import stat
 import struct
 import tarfile
@@ -160,6 +161,18 @@ def test_archive_bombs(run, lines, good, monkeypatch):
     monkeypatch.setattr(archives, "_MAX_MEMBERS", 19)
     for form in PACK.values():
         refused(run(form(many)), "too_many_members")
+
+
+@pytest.mark.parametrize("form", PACK)
+def test_progress_moves_inside_a_member(run, lines, good, form):
+    rows = [{**row, "chosen": os.urandom(3000).hex()} for row in good(1200)]
+    data = PACK[form]({"a.jsonl": lines(rows), "b.parquet": as_parquet(good(11_000))})
+    outcome = run(data)
+    assert (outcome.result.num_pairs, outcome.result.num_prompts) == (12_200, 11_000)
+    parts = [done / total for done, total in outcome.progress]
+    assert parts == sorted(parts)
+    assert parts[-1] == 1.0
+    assert len({round(part, 1) for part in parts}) >= 3
 
 
 def test_rejected_rows_of_archives_have_numbers_over_all_files(run, lines, good):

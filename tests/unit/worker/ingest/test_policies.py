@@ -187,6 +187,18 @@ def test_pairs_of_a_prompt_are_limited_in_every_layout(run, lines):
     assert (counts["pairs"], counts["over_limit"], counts["converted"]) == (10, 10, 20)
 
 
+def test_both_orders_of_a_tie_count_as_one(run, lines):
+    rows = [
+        {**nectar(p, c, r), "answers": [{"answer": f"{c} {n}", "rank": 1} for n in range(4)]}
+        for p, c, r in FACTS
+    ]
+    policy = DatasetPolicy(pairing="all", on_tie="both", max_pairs_per_prompt=2)
+    outcome = run(lines(rows), policy=policy, **LIMITS)
+    assert outcome.result.num_pairs == 2 * 2 * len(FACTS)
+    sides = {texts(row) for row in outcome.rows}
+    assert {(p, r, c) for p, c, r in sides} == sides
+
+
 def test_verdict_of_safety(run, lines):
     better = run(lines(FIXTURES["pku_saferlhf"]), **LIMITS)
     policy = DatasetPolicy(target="safer")
