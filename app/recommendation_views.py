@@ -96,7 +96,7 @@ def recommendation_view(
     return RecommendationView(
         id=job.id if row is None else row.id,
         status=status,
-        provisional=found is not None and not status.is_terminal,
+        provisional=found is not None and (found.provisional or not status.is_terminal),
         job_id=job.id,
         dataset_id=(job.dataset_id or "") if row is None else row.dataset_id,
         model=(job.model or "") if row is None else row.model,

@@ -125,6 +125,9 @@ class Recommendation(SpecModel):
     kernel_choice: Choice
     divergence_choice: Choice
     tied_pairs: int = Field(description="pairs that rank 1 is not separated from")
+    provisional: bool = Field(
+        default=False, description="from a small part of the sample; the answer is still to come"
+    )
     summary: str
     ranking: tuple[RankedPair, ...]
     profile: DatasetProfile

@@ -214,6 +214,24 @@ def test_accepting_is_refused_without_a_final_answer(world: World, found: Recomm
     assert jobs == []
 
 
+def test_a_provisional_answer_stays_one_when_its_job_fails(
+    world: World, found: Recommendation
+) -> None:
+    made = asked(world)
+    fence = world.claim(JobKind.RECOMMENDATION)
+    store(world, fence, found.model_copy(update={"provisional": True}))
+    error = {"code": "out_of_memory", "message": "no room", "retryable": False, "attempt": 1}
+    world.finish(fence, JobStatus.FAILED, error=error)
+    for tail in ("", "/matrix"):
+        view = world.get(f"/v1/recommendations/{made}{tail}").json()
+        assert (view["status"], view["provisional"]) == ("failed", True)
+    problem = check_problem(
+        world.post(f"/v1/recommendations/{made}/accept"), 409, "recommendation_not_ready"
+    )
+    assert problem["retryable"] is False
+    assert problem["hint"] == "ask for a new one: POST /v1/recommendations"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -1,20 +1,29 @@
 """Measures a dataset under a model and ranks the kernel–divergence pairs; trains nothing."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import Phase
 from core.profile import Recommendation
 from core.run_spec import TrainSpec
 from models.repositories.experiments import ExperimentRepository
-from selection.profile import profile_dataset
+from selection.profile import MAX_PAIRS, profile_dataset, sampled_rows
 from selection.recommender import recommend
 from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import Workbench, open_workbench
+from worker.training.evaluate import pair_groups
+from worker.training.tokenize import TokenizedPair
 
+# The early answer costs a second pass over its pairs: worth it where they are an eighth at most.
+PROVISIONAL_PAIRS = 128
+PROVISIONAL_ABOVE = 1024
 _METRICS_BEGIN = 0.8
+_EARLY_SHARE = 0.1
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -33,27 +42,80 @@ def run(context: JobContext) -> dict[str, Any]:
     for warning in bench.warnings:
         context.warn(warning)
     with context.step("recommend") as result:
-        result["recommendation_id"] = make_recommendation(bench, span=Span(0.0, 1.0))[0]
+        check_prompts(bench.pairs[Split.TRAIN])
+        result["recommendation_id"] = _recommend_from_sample(bench)
     return dict(result)
 
 
 def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommendation]:
-    """Run the reference over the training split, measure, rank and store; return id and ranking.
+    """Measure, rank and store for a job that needs the reference of the whole split anyway.
+
+    What is measured is the sample that a recommendation job would draw with the same seed.
 
     Raises:
         RunAborted: the data have a single prompt (`dataset_invalid`).
     """
-    context = bench.context
-    context.phase(Phase.COMPUTING_METRICS)
     pairs = bench.pairs[Split.TRAIN]
+    check_prompts(pairs)
+    bench.context.phase(Phase.COMPUTING_METRICS)
+    table = bench.reference(Span(span.start, span.at(_METRICS_BEGIN)))
+    recommendation = recommend(profile_dataset(table.features(pairs), seed=bench.seed))
+    return _store(bench, recommendation), recommendation
+
+
+def check_prompts(pairs: Sequence[TokenizedPair]) -> None:
+    """Refuse data that no metric can be cross-validated on.
+
+    Raises:
+        RunAborted: the data have a single prompt (`dataset_invalid`).
+    """
     if len({pair.group_id for pair in pairs}) < 2:
         raise RunAborted(
             "the training split has pairs of one prompt only; metrics need at least two",
             failure=FailureCode.DATASET_INVALID,
             hint="upload pairs of more prompts",
         )
-    table = bench.reference(Span(span.start, span.at(_METRICS_BEGIN)))
-    recommendation = recommend(profile_dataset(table.features(pairs), seed=bench.seed))
+
+
+def _recommend_from_sample(bench: Workbench) -> str:
+    """Run the reference over what will be measured, and no more; answer early where that is long.
+
+    The early answer is of a part of the same sample, by the same rule, and says so.
+    """
+    bench.context.phase(Phase.COMPUTING_METRICS)
+    span = Span(0.0, _METRICS_BEGIN)
+    if len(_drawn(bench, MAX_PAIRS)) > PROVISIONAL_ABOVE:
+        early = Span(span.start, span.at(_EARLY_SHARE))
+        span = Span(early.end, span.end)
+        _store(bench, _provisional(_measured(bench, PROVISIONAL_PAIRS, early)))
+    return _store(bench, _measured(bench, MAX_PAIRS, span))
+
+
+def _drawn(bench: Workbench, limit: int) -> list[TokenizedPair]:
+    pairs = bench.pairs[Split.TRAIN]
+    group = torch.from_numpy(pair_groups(pairs))
+    return [pairs[row] for row in sampled_rows(group, limit=limit, seed=bench.seed).tolist()]
+
+
+def _measured(bench: Workbench, limit: int, span: Span) -> Recommendation:
+    pairs, sample = bench.pairs[Split.TRAIN], _drawn(bench, limit)
+    profile = profile_dataset(
+        bench.reference_of(sample, span).features(sample),
+        seed=bench.seed,
+        max_pairs=limit,
+        drawn_from=(len(pairs), len({pair.group_id for pair in pairs})),
+    )
+    return recommend(profile)
+
+
+def _provisional(found: Recommendation) -> Recommendation:
+    profile = found.profile
+    says = f"Provisional, from {profile.sampled_pairs} of {profile.pairs} pairs. {found.summary}"
+    return found.model_copy(update={"provisional": True, "summary": says})
+
+
+def _store(bench: Workbench, recommendation: Recommendation) -> str:
+    context = bench.context
     context.raise_if_stopped()
     with context.transaction() as session:
         row = ExperimentRepository(session).save_recommendation(
@@ -63,7 +125,7 @@ def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommend
             model=bench.model.name,
             result=recommendation.model_dump(mode="json"),
         )
-        return row.id, recommendation
+        return row.id
 
 
 def stored_recommendation(context: JobContext) -> Recommendation:

@@ -1,5 +1,6 @@
 """What every job with a model works on: the resident model, the tokenised splits, the reference."""
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
