@@ -1,16 +1,17 @@
 """Data files in zip and tar archives. Nothing is ever written under a name from an archive."""
 
+import errno
 import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
-from core.errors import InvalidInput, TooLarge, UnsupportedMedia
+from core.errors import InvalidInput, KdpoError, TooLarge, UnsupportedMedia
 from worker.ingest.decompress import BLOCK, Budget
 from worker.ingest.formats import HEAD_BYTES, Format
 
@@ -48,23 +49,36 @@ def members(file: BinaryIO, format_: Format, *, folder: Path, budget: Budget) ->
             `encrypted_archive`; `corrupt_zip`, `corrupt_tar`.
         TooLarge: `too_many_members`, `decompression_bomb`, `file_too_large`.
     """
-    try:
+    with _damage_as_error(format_):
         found = _zip_members(file) if format_ is Format.ZIP else _tar_members(file)
-        packed = max(1, sum(member.packed_bytes for member in found))
-        done = 0
-        for member in sorted(found, key=lambda member: member.name):
-            done += member.packed_bytes
-            with tempfile.TemporaryFile(dir=folder) as copy:
-                size = _copy(member, copy, compressed=format_ is Format.ZIP, budget=budget)
-                copy.seek(0)
-                yield Unpacked(member.name, copy, size, done / packed)
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-    ) as error:
+    packed = max(1, sum(member.packed_bytes for member in found))
+    done = 0
+    for member in sorted(found, key=lambda member: member.name):
+        done += member.packed_bytes
+        with tempfile.TemporaryFile(dir=folder) as copy:
+            size = 0
+            for block in _blocks(member, format_, budget=budget):
+                size += len(block)
+                budget.check_size(size)
+                copy.write(block)
+            copy.seek(0)
+            yield Unpacked(member.name, copy, size, done / packed)
+
+
+@contextmanager
+def _damage_as_error(format_: Format) -> Iterator[None]:
+    """Turn what the libraries raise into one error: they stumble over damage in many ways.
+
+    Raises:
+        InvalidInput: `corrupt_zip`, `corrupt_tar`.
+    """
+    try:
+        yield
+    except (KdpoError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise InvalidInput(
             f"the {format_} archive is damaged or of a kind that is not read "
             f"({type(error).__name__})",
@@ -74,18 +88,15 @@ def members(file: BinaryIO, format_: Format, *, folder: Path, budget: Budget) ->
         ) from error
 
 
-def _copy(member: _Member, copy: IO[bytes], *, compressed: bool, budget: Budget) -> int:
-    if compressed:
+def _blocks(member: _Member, format_: Format, *, budget: Budget) -> Iterator[bytes]:
+    """Yield the contents of a member; what comes out of compression is counted."""
+    if format_ is Format.ZIP:
         budget.consumed += member.packed_bytes
-    size = 0
-    with member.open() as source:
+    with _damage_as_error(format_), member.open() as source:
         while block := source.read(BLOCK):
-            if compressed:
+            if format_ is Format.ZIP:
                 budget.expand(len(block))
-            size += len(block)
-            budget.check_size(size)
-            copy.write(block)
-    return size
+            yield block
 
 
 def _zip_members(file: BinaryIO) -> list[_Member]:

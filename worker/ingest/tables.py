@@ -43,6 +43,8 @@ def table_rows(
     number = size = 0
     try:
         for batch in _batches(file, format_, budget=budget, on_part=on_part):
+            # Offsets and lengths are the file's word: unchecked they may lead out of the memory.
+            batch.validate(full=True)
             names = batch.schema.names
             columns: list[list[object]] = []
             for start in range(0, batch.num_rows, _ROWS):

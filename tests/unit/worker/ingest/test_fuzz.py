@@ -1,12 +1,17 @@
 """Whatever the bytes: a result, never an exception, and a report that can be written."""
 
 import gzip
+import lzma
 
 import orjson
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import KdpoError
+from tests.unit.worker.ingest.conftest import good_row, jsonl
+from tests.unit.worker.ingest.test_archives import PACK
+from tests.unit.worker.ingest.test_tables import FORMS
 
 quick = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -74,6 +79,30 @@ def test_damaged_files(run, lines, good, data):
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] = data.draw(st.integers(0, 255))
     check(run(bytes(whole[: data.draw(st.integers(0, len(whole)))])))
+
+
+ROWS = [good_row(number) for number in range(30)]
+CONTAINERS = {
+    **{name: form(ROWS) for name, form in FORMS.items()},
+    **{name: pack({"a.jsonl": jsonl(ROWS)}) for name, pack in PACK.items()},
+    "zst": zstandard.compress(jsonl(ROWS)),
+    "xz": lzma.compress(jsonl(ROWS)),
+    "json": b"[" + jsonl(ROWS).strip().replace(b"\n", b",") + b"]",
+}
+
+
+@quick
+@given(st.data())
+def test_damaged_containers(run, data):
+    whole = bytearray(CONTAINERS[data.draw(st.sampled_from(sorted(CONTAINERS)))])
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=8))
+    try:
+        outcome = run(bytes(whole))
+    except MemoryError:
+        # A length that the file claims; the job turns it into an error of its own.
+        return
+    check(outcome)
 
 
 def _writable(row):

@@ -208,6 +208,19 @@ def test_damaged_tables(run, good, form):
         assert "What is" not in failure.message
 
 
+def test_offsets_that_lead_out_of_the_file_are_refused(run, good):
+    texts = pa.array([row["prompt"] for row in good(20)])
+    offsets = bytearray(texts.buffers()[1].to_pybytes())
+    offsets[4:8] = (2**31 - 1).to_bytes(4, "little")
+    buffers = [None, pa.py_buffer(bytes(offsets)), texts.buffers()[2]]
+    broken = pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    batch = pa.RecordBatch.from_arrays([broken, texts, texts], ["prompt", "chosen", "rejected"])
+    sink = io.BytesIO()
+    with ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    assert run(sink.getvalue()).result.failure.code == "corrupt_arrow_stream"
+
+
 @pytest.mark.parametrize("form", ["parquet", "arrow", "arrow-stream"])
 def test_tables_without_rows(run, form):
     schema = pa.schema([("prompt", pa.string()), ("chosen", pa.string())])
