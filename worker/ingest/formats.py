@@ -44,6 +44,8 @@ TEXTS = frozenset({Format.JSONL, Format.JSON, Format.CSV, Format.TSV})
 _READ: tuple[tuple[bytes, Format], ...] = (
     (b"\x1f\x8b", Format.GZIP),
     (b"\x28\xb5\x2f\xfd", Format.ZSTD),
+    # A frame to be skipped, with which pzstd begins.
+    (b"\x50\x2a\x4d\x18", Format.ZSTD),
     (b"\xfd7zXZ\x00", Format.XZ),
     (b"PAR1", Format.PARQUET),
     (b"ARROW1", Format.ARROW),

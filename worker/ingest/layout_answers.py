@@ -1,6 +1,6 @@
 """Layouts whose rows have no pairs but answers: ranked, scored, or good and bad ones."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from core.layout_names import LayoutName
 from worker.ingest.canonical import Answers, Message, Role
@@ -30,7 +30,7 @@ from worker.ingest.layout_common import (
     user,
 )
 from worker.ingest.layout_hh import is_transcript, transcript
-from worker.ingest.rows import JsonObject
+from worker.ingest.rows import JsonObject, JsonValue
 
 _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -239,7 +239,7 @@ class Kto(Layout):
         """1 when prompt, completion and a true or false label are there."""
         return float(
             all(isinstance(row.get(name), str | list) for name in ("prompt", "completion"))
-            and isinstance(row.get("label"), bool)
+            and _is_label(row.get("label"))
         )
 
     def convert(self, row: JsonObject) -> Answers:
@@ -266,7 +266,7 @@ class KtoLlamaFactory(Layout):
     def score(self, row: JsonObject) -> float:
         """1 when a true or false `kto_tag` and a text or a conversation are there."""
         return float(
-            isinstance(row.get("kto_tag"), bool)
+            _is_label(row.get("kto_tag"))
             and (
                 has_texts(row, "instruction", "output")
                 or any(isinstance(row.get(n), list) for n in ("messages", "conversations"))
@@ -305,7 +305,7 @@ class KtoMsSwift(Layout):
 
     def score(self, row: JsonObject) -> float:
         """1 when messages and a true or false label are there."""
-        return float(isinstance(row.get("messages"), list) and isinstance(row.get("label"), bool))
+        return float(isinstance(row.get("messages"), list) and _is_label(row.get("label")))
 
     def convert(self, row: JsonObject) -> Answers:
         """The last message is the answer."""
@@ -314,6 +314,11 @@ class KtoMsSwift(Layout):
             row, layout=self, prompt=turns[:-1], answer=turns[-1:],
             names=("messages", "messages", "label"), used=self.fields,
         )  # fmt: skip
+
+
+def _is_label(value: JsonValue) -> TypeGuard[bool | int | float]:
+    """Whether a value says good or bad: true, false, 1 or 0 (tables have no true and false)."""
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _labelled(
@@ -327,8 +332,8 @@ def _labelled(
 ) -> Answers:
     """Return one answer with score 1 or 0."""
     label = present(row, names[2])
-    if not isinstance(label, bool):
-        raise wrong_type(label, names[2], "true or false")
+    if not _is_label(label):
+        raise wrong_type(label, names[2], "true or false, or 1 or 0")
     if answer and answer[-1].role is not Role.ASSISTANT:
         raise RowFault(
             RowCode.ROLE_ORDER,

@@ -156,6 +156,13 @@ def test_concatenated_members_and_padding(run, lines, good, compress):
     assert run(members + b"\x00" * 100_000).rows == run(data).rows
 
 
+def test_frames_to_be_skipped(run, lines, good):
+    data = lines(good(40))
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+    frames = skipped + zstandard.compress(data[:999]) + skipped + zstandard.compress(data[999:])
+    assert run(frames + skipped).rows == run(data).rows
+
+
 @pytest.mark.parametrize("keep", [9, 15, 0.5, -9, -1])
 @pytest.mark.parametrize("name", COMPRESS)
 def test_truncated_streams(run, lines, good, name, keep):

@@ -203,6 +203,14 @@ def test_kto_with_messages():
     assert convert("kto", row).answers[0].score == 0.0
 
 
+@pytest.mark.parametrize(("name", "field"), [("kto", "label"), ("kto_llama_factory", "kto_tag"),
+                                             ("kto_ms_swift", "label")])  # fmt: skip
+def test_labels_as_numbers(name, field):
+    for value in (1, 0, 1.0):
+        [answer] = convert(name, row_of(name, **{field: value})).answers
+        assert answer.score == value
+
+
 def test_summaries_of_articles():
     row = row_of("summarize_from_feedback", info={"id": "1", "article": "News.", "title": "T"},
                  extra={})  # fmt: skip
@@ -248,7 +256,8 @@ def test_odd_forms_are_read_with_a_warning(run, lines, name):
         ("nectar", {"answers": [{"answer": "x", "rank": "1"}]}, "/answers/0/rank"),
         ("nemo_rl", {"completions": [{"rank": 0}]}, "/completions/0/completion"),
         ("nemo_rl", {"completions": ["x"]}, "/completions/0"),
-        ("kto", {"label": 1}, "/label"),
+        ("kto", {"label": 2}, "/label"),
+        ("kto", {"label": "true"}, "/label"),
         ("kto_ms_swift", {"messages": [user("Hi")]}, "/messages"),
         ("helpsteer2", {"helpfulness": "4"}, "/helpfulness"),
         ("openai", {"input": []}, "/input"),
