@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.job_views import JobError, Progress, QueuePlace, job_error, progress_view
 from app.responses import Schema, unix
 from core.lifecycle import JobStatus
-from core.profile import Choice, DatasetProfile, Estimate, RankedPair, Recommendation
+from core.profile import Choice, DatasetProfile, Estimate, HistoryUse, RankedPair, Recommendation
 from core.run_spec import CandidateSpec
 from core.spec import DivergenceName, KernelName
 from models.experiment import RecommendationRow, TrialRow
@@ -32,6 +32,7 @@ class Answer(Schema):
     kernel_choice: Choice
     divergence_choice: Choice
     tied_pairs: int
+    history: HistoryUse
     summary: str
 
 
@@ -126,6 +127,7 @@ def _answer(found: Recommendation) -> Answer:
         kernel_choice=found.kernel_choice,
         divergence_choice=found.divergence_choice,
         tied_pairs=found.tied_pairs,
+        history=found.history,
         summary=found.summary,
     )
 

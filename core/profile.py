@@ -104,6 +104,16 @@ class RankedPair(SpecModel):
     objective: ObjectiveSpec
 
 
+class HistoryUse(SpecModel):
+    """What finished searches had to do with a ranking."""
+
+    searches: int = Field(description="finished searches that could be compared")
+    weight: float = Field(
+        ge=0.0, le=1.0, description="how much of what they say has moved the scores; 0: nothing"
+    )
+    sentence: str
+
+
 class Recommendation(SpecModel):
     """A ranking with an honest statement of how far the data separate it."""
 
@@ -125,6 +135,7 @@ class Recommendation(SpecModel):
     kernel_choice: Choice
     divergence_choice: Choice
     tied_pairs: int = Field(description="pairs that rank 1 is not separated from")
+    history: HistoryUse
     provisional: bool = Field(
         default=False, description="from a small part of the sample; the answer is still to come"
     )

@@ -4,10 +4,13 @@ The numbers below are the table of docs/selection.md. Torch-free.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
+from typing import TypeVar
 
-from core.profile import DatasetProfile, Estimate, KernelMetrics
+from core.errors import InvalidInput
+from core.profile import DatasetProfile, Estimate, HistoryUse, KernelMetrics
 from core.spec import DivergenceName, KernelName
 
 Z95 = 1.959963984540054
@@ -58,6 +61,8 @@ KERNEL_COST: dict[KernelName, float] = {
     KernelName.SPECTRAL: 0.02,
     KernelName.HMK: 0.1,
 }
+# However many searches there were: what this dataset does otherwise is not known untried.
+_LEAST_SD = 0.1
 # alpha / beta of the runs that the priors come from (alpha 3, beta 0.5).
 ALPHA_PER_BETA = 6.0
 ALPHA_RANGE = (0.05, 20.0)
@@ -72,6 +77,64 @@ class Part:
     sd: float
     reason: str
     evidence: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What finished searches do to a part: its mean moves, its variance loses `explained`."""
+
+    mean: float
+    explained: float
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Shifts of parts by name, none where finished searches move nothing, and a word on it."""
+
+    shifts: Mapping[KernelName | DivergenceName, Shift]
+    use: HistoryUse
+
+
+NO_HISTORY = Refinement(
+    shifts={},
+    use=HistoryUse(searches=0, weight=0.0, sentence="No finished searches were asked."),
+)
+Name = TypeVar("Name", KernelName, DivergenceName)
+
+
+def refined(parts: Mapping[Name, Part], history: Refinement) -> dict[Name, Part]:
+    """Return the parts as finished searches have moved them."""
+    found = {}
+    for name, part in parts.items():
+        shift = history.shifts.get(name)
+        found[name] = (
+            part
+            if shift is None
+            else Part(
+                mean=part.mean + shift.mean,
+                sd=math.sqrt(max(part.sd**2 - shift.explained, _LEAST_SD**2)),
+                reason=f"{part.reason} (finished searches: {shift.mean:+.2f})",
+                evidence=part.evidence | {f"{_kind(name)}_history_shift": shift.mean},
+            )
+        )
+    return found
+
+
+def _kind(name: KernelName | DivergenceName) -> str:
+    return "kernel" if isinstance(name, KernelName) else "divergence"
+
+
+def by_kernel(profile: DatasetProfile) -> dict[KernelName, KernelMetrics]:
+    """Return the metrics of every kernel by name; InvalidInput when one is missing."""
+    metrics = {KernelName(entry.kernel): entry for entry in profile.kernels}
+    missing = [name.value for name in KernelName if name not in metrics]
+    if missing:
+        raise InvalidInput(
+            f"the profile has no metrics of kernels {missing}; expected all of "
+            f"{[name.value for name in KernelName]}",
+            hint="compute the profile again with profile_dataset",
+        )
+    return metrics
 
 
 def interval_sd(estimate: Estimate) -> float:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import TypeVar
 
-from core.errors import InvalidInput
 from core.profile import (
     Choice,
     DatasetProfile,
     Estimate,
+    HistoryUse,
     KernelMetrics,
     Lead,
     RankedPair,
@@ -30,27 +30,34 @@ from core.spec import (
 from selection.parts import (
     ALPHA_PER_BETA,
     ALPHA_RANGE,
+    NO_HISTORY,
     Z95,
     Part,
+    Refinement,
+    by_kernel,
     divergence_parts,
     gamma_of,
     kernel_parts,
     predicts,
+    refined,
 )
 
 Pair = tuple[KernelName, DivergenceName]
 Name = TypeVar("Name", KernelName, DivergenceName)
 
 
-def recommend(profile: DatasetProfile, *, beta: float = 0.1) -> Recommendation:
+def recommend(
+    profile: DatasetProfile, *, beta: float = 0.1, history: Refinement = NO_HISTORY
+) -> Recommendation:
     """Rank the 28 kernel–divergence pairs and the 7 of the mixture.
 
     score(k, d) = kernel part + divergence part (docs/selection.md); the interval joins the
     bootstrap of the metrics with what the prior leaves open. Raises InvalidInput when the profile
     lacks a kernel.
     """
-    metrics = _by_kernel(profile)
-    kernels, divergences = kernel_parts(metrics), divergence_parts(profile)
+    metrics = by_kernel(profile)
+    kernels = refined(kernel_parts(metrics), history)
+    divergences = refined(divergence_parts(profile), history)
     pairs = [(kernel, divergence) for kernel in KernelName for divergence in DivergenceName]
     # sorted() is stable: what ties stays in the order of the enums, simplest first.
     pairs.sort(key=lambda pair: kernels[pair[0]].mean + divergences[pair[1]].mean, reverse=True)
@@ -83,24 +90,17 @@ def recommend(profile: DatasetProfile, *, beta: float = 0.1) -> Recommendation:
         kernel_choice=_choice("kernel", best[0], kernels),
         divergence_choice=_choice("divergence", best[1], divergences),
         tied_pairs=tied_pairs,
+        history=history.use,
         summary=_summary(
-            ranking, metrics, kernels_separated=kernels_separated, tied_pairs=tied_pairs
+            ranking,
+            metrics,
+            kernels_separated=kernels_separated,
+            tied_pairs=tied_pairs,
+            history=history.use,
         ),
         ranking=ranking,
         profile=profile,
     )
-
-
-def _by_kernel(profile: DatasetProfile) -> dict[KernelName, KernelMetrics]:
-    metrics = {KernelName(entry.kernel): entry for entry in profile.kernels}
-    missing = [name.value for name in KernelName if name not in metrics]
-    if missing:
-        raise InvalidInput(
-            f"the profile has no metrics of kernels {missing}; expected all of "
-            f"{[name.value for name in KernelName]}",
-            hint="compute the profile again with profile_dataset",
-        )
-    return metrics
 
 
 def _kernels_separated(best: KernelName, metrics: dict[KernelName, KernelMetrics]) -> bool:
@@ -207,6 +207,7 @@ def _summary(
     *,
     kernels_separated: bool,
     tied_pairs: int,
+    history: HistoryUse,
 ) -> str:
     first, second = ranking[0], ranking[1]
     name, rival = (f"{pair.kernel} × {pair.divergence}" for pair in (first, second))
@@ -230,4 +231,5 @@ def _summary(
         tail = f"Kernels differ: {first.kernel} predicts preference best (KPA {span})."
     else:
         tail = f"Kernels are a tie (KPA of {first.kernel} {span})."
-    return f"{head} {tail} The order of divergences is mostly a prior from few earlier runs."
+    basis = "The order of divergences is mostly a prior from few earlier runs."
+    return f"{head} {tail} {history.sentence if history.weight > 0.0 else basis}"

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import NotFound
 from core.ids import IdPrefix, new_id
-from core.lifecycle import EndedBy, EventType, TrialStatus
+from core.lifecycle import EndedBy, EventType, JobStatus, TrialStatus
 from models.experiment import (
     Checkpoint,
     MetricPoint,
@@ -130,6 +130,25 @@ class ExperimentRepository:
             .order_by(TrialRow.id)
         )
         return list(self._session.execute(statement).scalars())
+
+    def finished_searches(
+        self, owner_id: str, *, limit: int
+    ) -> list[tuple[RecommendationRow, list[TrialRow]]]:
+        """Return the latest searches whose jobs succeeded: what was measured, and the trials."""
+        statement = (
+            select(RecommendationRow, StudyRow.id)
+            .join(StudyRow, StudyRow.job_id == RecommendationRow.job_id)
+            .join(Job, Job.id == StudyRow.job_id)
+            .where(Job.owner_id == owner_id, Job.status == JobStatus.SUCCEEDED)
+            .order_by(Job.created_at.desc(), Job.id.desc())
+            .limit(limit)
+        )
+        found = [(row, study_id) for row, study_id in self._session.execute(statement)]
+        trials: dict[str, list[TrialRow]] = {study_id: [] for _, study_id in found}
+        of_these = select(TrialRow).where(TrialRow.study_id.in_(trials)).order_by(TrialRow.number)
+        for trial in self._session.execute(of_these).scalars():
+            trials[trial.study_id].append(trial)
+        return [(row, trials[study_id]) for row, study_id in found]
 
     def trial_page(self, study_id: str, query: PageQuery) -> Page[TrialRow]:
         """Return one page of the trials of a study."""

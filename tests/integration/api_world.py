@@ -22,6 +22,7 @@ from core.profile import (
     Choice,
     DatasetProfile,
     Estimate,
+    HistoryUse,
     KernelMetrics,
     Lead,
     RankedPair,
@@ -210,8 +211,12 @@ class World:
             steps.start(fence, "search")
             for number, log_loss in enumerate((0.61, 0.55)):
                 experiments.start_trial(
-                    fence, study, number=number, origin="prior",
-                    candidate=candidate(objective("rbf")), label="rbf",
+                    fence,
+                    study,
+                    number=number,
+                    origin="prior",
+                    candidate=candidate(objective("rbf")),
+                    label="rbf",
                 )
                 experiments.finish_trial(
                     fence, study, number=number, status=TrialStatus.COMPLETE,
@@ -301,6 +306,7 @@ def recommendation() -> Recommendation:
             name="kl", runner_up="hellinger", lead=lead, tied=(), sentence="kl leads."
         ),
         tied_pairs=0,
+        history=HistoryUse(searches=0, weight=0.0, sentence="No finished searches were asked."),
         profile=DatasetProfile(
             pairs=30, prompts=30, sampled_pairs=30, sampled_prompts=30, max_pairs=2000,
             sampled_tokens=100, resamples=200, seed=0, mixtures=(),

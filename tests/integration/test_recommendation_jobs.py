@@ -9,10 +9,15 @@ import orjson
 import pytest
 import torch
 
-from core.lifecycle import EventType, JobKind
+from core.lifecycle import EndedBy, EventType, JobKind, JobStatus, TrialStatus
 from core.profile import Recommendation
+from core.queue import QueueName
+from core.run_spec import CandidateSpec
+from core.spec import DivergenceName, ObjectiveSpec
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
+from models.repositories.owners import OwnerRepository
 from tests.integration.training_world import TrainingWorld, make_world, micro_llama
 from worker.context import Preempted
 from worker.jobs import recommend
@@ -127,6 +132,63 @@ def test_an_early_answer_comes_first_says_what_it_is_and_is_replaced(world: Trai
         ]
     assert updates[-1] == final.summary
     assert updates[0] == early.summary
+
+
+def finished_search(world: TrainingWorld, found: Recommendation, *, best: DivergenceName) -> None:
+    """Leave a succeeded job whose trials of one divergence have won much, the others nothing."""
+    world.fine_tune({"type": "auto"})
+    with world.database.transaction() as session:
+        claim = JobRepository(session).claim(QueueName.GPU, worker_id="wrk_test", lease_s=3600)
+        assert claim is not None
+        experiments = ExperimentRepository(session)
+        experiments.save_recommendation(
+            claim.fence, owner_id=world.owner_id, dataset_id=world.dataset_id,
+            model=world.model.name, result=found.model_dump(mode="json"),
+        )  # fmt: skip
+        study = experiments.ensure_study(claim.fence, owner_id=world.owner_id, spec={})
+        tried = [("baseline", ObjectiveSpec(), 0.6), ("sampler", ObjectiveSpec(), 0.1)]
+        for pair in found.ranking[:14]:
+            loss = 0.5 if pair.divergence == best else 0.6
+            tried.append(("coverage", pair.objective, loss))
+        for number, (origin, objective, log_loss) in enumerate(tried):
+            candidate = CandidateSpec(objective=objective, learning_rate=1e-3)
+            experiments.start_trial(
+                claim.fence, study, number=number, origin=origin,
+                candidate=candidate.model_dump(mode="json"), label=objective.label,
+            )  # fmt: skip
+            experiments.finish_trial(
+                claim.fence, study, number=number, status=TrialStatus.COMPLETE,
+                ended_by=EndedBy.BUDGET, log_loss=log_loss, drift=0.1, feasible=True,
+                metrics={}, gpu_seconds=1.0,
+            )  # fmt: skip
+        JobRepository(session).finish(claim.fence, JobStatus.SUCCEEDED, message="done", result={})
+
+
+def test_finished_searches_of_the_owner_move_the_ranking(world: TrainingWorld) -> None:
+    before = asked(world)
+    world.attempt(recommend.run)
+    cold = stored(world, before)
+    assert cold is not None
+    assert (cold.history.searches, cold.history.weight) == (0, 0.0)
+    tried = list(dict.fromkeys(pair.divergence for pair in cold.ranking[:14]))
+    best = DivergenceName(tried[-1])
+    assert best != cold.divergence
+    for _ in range(6):
+        finished_search(world, cold, best=best)
+    after = asked(world)
+    world.attempt(recommend.run)
+    warm = stored(world, after)
+    assert warm is not None
+    assert warm.history.searches == 6
+    assert warm.history.weight > 0.0
+    assert warm.divergence == best
+    assert warm.profile == cold.profile
+    with world.database.transaction() as session:
+        bob = OwnerRepository(session).ensure("bob").id
+        theirs = ExperimentRepository(session).finished_searches(bob, limit=10)
+        ours = ExperimentRepository(session).finished_searches(world.owner_id, limit=4)
+    assert theirs == [], "what others have found is theirs"
+    assert [len(trials) for _, trials in ours] == [16] * 4
 
 
 def test_small_data_are_answered_once(

@@ -7,13 +7,15 @@ import torch
 
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import Phase
-from core.profile import Recommendation
+from core.profile import DatasetProfile, Recommendation
 from core.run_spec import TrainSpec
 from models.repositories.experiments import ExperimentRepository
+from selection.history import refine
 from selection.profile import MAX_PAIRS, profile_dataset, sampled_rows
 from selection.recommender import recommend
 from worker.context import JobContext
 from worker.ingest.canonical import Split
+from worker.jobs.past import past_searches
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import Workbench, open_workbench
 from worker.training.evaluate import pair_groups
@@ -59,7 +61,7 @@ def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommend
     check_prompts(pairs)
     bench.context.phase(Phase.COMPUTING_METRICS)
     table = bench.reference(Span(span.start, span.at(_METRICS_BEGIN)))
-    recommendation = recommend(profile_dataset(table.features(pairs), seed=bench.seed))
+    recommendation = _ranked(bench, profile_dataset(table.features(pairs), seed=bench.seed))
     return _store(bench, recommendation), recommendation
 
 
@@ -105,7 +107,13 @@ def _measured(bench: Workbench, limit: int, span: Span) -> Recommendation:
         max_pairs=limit,
         drawn_from=(len(pairs), len({pair.group_id for pair in pairs})),
     )
-    return recommend(profile)
+    return _ranked(bench, profile)
+
+
+def _ranked(bench: Workbench, profile: DatasetProfile) -> Recommendation:
+    """Rank with the metrics, the prior table and what the owner's finished searches say."""
+    history = refine(profile, model=bench.model.name, past=past_searches(bench.context))
+    return recommend(profile, history=history)
 
 
 def _provisional(found: Recommendation) -> Recommendation:
