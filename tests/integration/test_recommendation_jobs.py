@@ -20,7 +20,7 @@ from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
 from tests.integration.training_world import TrainingWorld, make_world, micro_llama
 from worker.context import Preempted
-from worker.jobs import recommend
+from worker.jobs import fine_tune, recommend
 from worker.training.store import MANIFEST
 
 PAIRS = 60
@@ -189,6 +189,20 @@ def test_finished_searches_of_the_owner_move_the_ranking(world: TrainingWorld) -
         ours = ExperimentRepository(session).finished_searches(world.owner_id, limit=4)
     assert theirs == [], "what others have found is theirs"
     assert [len(trials) for _, trials in ours] == [16] * 4
+
+
+def test_what_an_accepted_recommendation_trains_names_it(world: TrainingWorld) -> None:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 1}}}
+    spec = {"model": world.model_ref(), "method": method, "encoder": None}
+    world.job(JobKind.TRAINING, spec={**spec, "recommendation_id": "rec_1"})
+    result = world.attempt(fine_tune.run)
+    assert result["recommendation_id"] == "rec_1"
+    with world.database.reading() as session:
+        row = ExperimentRepository(session).checkpoint(
+            world.owner_id, result["run"]["checkpoint_id"]
+        )
+    card = (world.settings.artifact_dir / row.path / "README.md").read_text(encoding="utf-8")
+    assert "| Recommendation | rec_1 |" in card
 
 
 def test_small_data_are_answered_once(

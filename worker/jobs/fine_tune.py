@@ -100,7 +100,8 @@ class _FineTune:
 
     def run(self) -> dict[str, Any]:
         """Do what is left of the job."""
-        recommendation_id: str | None = None
+        # Of a job that accepts one; an `auto` job makes its own.
+        recommendation_id: str | None = self._context.job.spec.get("recommendation_id")
         summary: SearchSummary | None = None
         match self._method:
             case AutoMethod():
