@@ -216,10 +216,10 @@ def _summary(
         head = (
             f"{name} comes first, but the data do not separate it from {rival}, the next; {ties}."
         )
-    elif tied_pairs:
-        head = f"The data put {name} above {rival}, the next; {ties}."
     else:
-        head = f"The data put {name} above {rival}, the next, and above all others."
+        who = "The data" if history.weight == 0.0 else "The data and finished searches"
+        rest = f"; {ties}" if tied_pairs else ", and above all others"
+        head = f"{who} put {name} above {rival}, the next{rest}."
     best = metrics[KernelName(first.kernel)].kpa
     span = f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]"
     if not any(predicts(entry) for entry in metrics.values()):

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from core.profile import DatasetProfile
+from core.profile import DatasetProfile, HistoryUse
 from core.spec import DivergenceName, KernelName
 from selection.history import Gain, PastSearch, refine
 from selection.parts import (
@@ -14,6 +14,7 @@ from selection.parts import (
     KERNEL_SD,
     NO_HISTORY,
     Refinement,
+    Shift,
     by_kernel,
     divergence_parts,
     kernel_parts,
@@ -176,3 +177,18 @@ def test_a_recommendation_tells_what_history_did():
         both = shift + history.shifts[KernelName(pair.kernel)].mean
         assert pair.score.value == pytest.approx(before.score.value + both)
         assert pair.score.high - pair.score.low < before.score.high - before.score.low
+
+
+def test_a_lead_that_finished_searches_have_made_is_not_said_to_be_of_the_data_alone():
+    kl = DivergenceName.KL
+    sure = Refinement(
+        shifts={
+            **{d: Shift(9.0 if d is kl else 0.0, DIVERGENCES[d].sd ** 2) for d in DivergenceName},
+            **{k: Shift(0.0, KERNEL_SD**2) for k in KernelName},
+        },
+        use=HistoryUse(searches=50, weight=1.0, sentence="50 finished searches."),
+    )
+    of = profile(kpa={KernelName.RBF: 0.99, KernelName.HMK: 0.2}, default_kpa=0.42)
+    found = recommend(of, history=sure)
+    assert found.separated
+    assert found.summary.startswith("The data and finished searches put rbf × kl above")
