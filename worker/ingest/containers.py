@@ -165,7 +165,7 @@ class LineReader:
         match format_:
             case Format.JSON:
                 yield from split_array(measured, max_bytes=most)
-            case Format.CSV | Format.TSV:
+            case Format.CSV | Format.TSV | Format.CSV_SEMICOLON:
                 rows = CsvRows(format_, column_mapping=self._mapping, max_bytes=most)
                 yield from rows.rows(measured)
             case _:

@@ -25,6 +25,7 @@ class Format(StrEnum):
     JSONL = "jsonl"
     JSON = "json"
     CSV = "csv"
+    CSV_SEMICOLON = "csv-semicolon"
     TSV = "tsv"
     PARQUET = "parquet"
     ARROW = "arrow"
@@ -39,7 +40,9 @@ class Format(StrEnum):
 COMPRESSIONS = frozenset({Format.GZIP, Format.ZSTD, Format.XZ})
 ARCHIVES = frozenset({Format.ZIP, Format.TAR})
 TABLES = frozenset({Format.PARQUET, Format.ARROW, Format.ARROW_STREAM})
-TEXTS = frozenset({Format.JSONL, Format.JSON, Format.CSV, Format.TSV})
+# By these marks, and where a header has several of them, in this order.
+DELIMITERS = {Format.TSV: "\t", Format.CSV: ",", Format.CSV_SEMICOLON: ";"}
+TEXTS = frozenset({Format.JSONL, Format.JSON, *DELIMITERS})
 
 _READ: tuple[tuple[bytes, Format], ...] = (
     (b"\x1f\x8b", Format.GZIP),
@@ -112,7 +115,9 @@ def _delimited(text: bytes, columns: frozenset[str], *, only_known: bool) -> For
     first, _, rest = text.lstrip(b"\r\n").partition(b"\n")
     if first.lstrip()[:1] in (b"{", b"[", b""):
         return None
-    format_ = Format.TSV if b"\t" in first else Format.CSV
+    format_ = next((f for f, mark in DELIMITERS.items() if mark.encode() in first), None)
+    if format_ is None:
+        return None
     try:
         names = next(csv.reader([first.decode("utf-8").strip("\r")], delimiter=DELIMITERS[format_]))
     except (UnicodeDecodeError, csv.Error):
@@ -123,9 +128,6 @@ def _delimited(text: bytes, columns: frozenset[str], *, only_known: bool) -> For
         return format_
     plain = not only_known and all(_PLAIN_NAME.fullmatch(name) for name in names)
     return format_ if plain and not rest.lstrip().startswith(b"{") else None
-
-
-DELIMITERS = {Format.CSV: ",", Format.TSV: "\t"}
 
 
 def unsupported(name: str, hint: str) -> UnsupportedMedia:

@@ -72,6 +72,7 @@ def as_stream(rows):
 FORMS = {
     "csv": as_csv,
     "tsv": lambda rows: as_csv(rows, "\t"),
+    "csv-semicolon": lambda rows: as_csv(rows, ";"),
     "parquet": as_parquet,
     "arrow": as_arrow,
     "arrow-stream": as_stream,
@@ -82,7 +83,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FLAT)
 def test_layouts_in_every_table(run, lines, form, name):
     rows = FIXTURES[name]
-    if name == "openai" and form not in ("csv", "tsv"):
+    if name == "openai" and form not in ("csv", "tsv", "csv-semicolon"):
         rows = [{**row, "input": {"messages": row["input"]["messages"]}} for row in rows]
     outcome = run(FORMS[form](rows), **LIMITS)
     assert outcome.report["detected"]["container"] == form
