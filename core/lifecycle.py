@@ -81,6 +81,7 @@ class DatasetStatus(StrEnum):
     READY = "ready"
     READY_WITH_WARNINGS = "ready_with_warnings"
     INVALID = "invalid"
+    CHECKED = "checked"  # read in a dry run: a report and no pairs
 
     @property
     def is_usable(self) -> bool:

@@ -173,6 +173,7 @@ class DatasetPolicy(ComparisonPolicy):
     )
     on_invalid: Literal["fail", "skip"] = "skip"
     max_invalid_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    dry_run: bool = Field(default=False, description="read and report, and keep no pairs")
     split: SplitPolicy = SplitPolicy()
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ class DatasetRepository:
 
         Raises:
             NotFound: no such dataset.
-            Conflict: it is still being validated, or it is invalid.
+            Conflict: it is still being validated, it is invalid, or it was a dry run.
         """
         dataset = self.get(owner_id, dataset_id)
         if not dataset.status.is_usable:
@@ -70,7 +70,9 @@ class DatasetRepository:
                 f"dataset {dataset_id} is {dataset.status.value}, expected ready",
                 code="dataset_not_ready",
                 param="dataset_id",
-                hint=f"read GET /v1/datasets/{dataset_id}/report",
+                hint="upload the file again without dry_run"
+                if dataset.status is DatasetStatus.CHECKED
+                else f"read GET /v1/datasets/{dataset_id}/report",
                 retryable=dataset.status is DatasetStatus.VALIDATING,
             )
         return dataset

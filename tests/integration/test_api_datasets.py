@@ -262,6 +262,21 @@ def test_policies_that_the_file_cannot_follow(
     assert view["error"]["hint"]
 
 
+def test_dry_run_has_a_report_and_cannot_be_trained_on(world: World) -> None:
+    made = world.upload(policy='{"dry_run": true}').json()
+    world.validate()
+    view = world.get(f"/v1/datasets/{made['id']}").json()
+    assert (view["status"], view["error"], view["canonical_sha256"]) == ("checked", None, None)
+    assert view["counts"]["pairs"] == 30
+    report = world.get(view["report_url"]).json()
+    assert (report["status"], report["counts"]["train"] > 0) == ("checked", True)
+    assert world.get(f"/v1/datasets/{made['id']}/rows?view=rejected").json()["data"] == []
+    check_problem(world.get(f"/v1/datasets/{made['id']}/rows"), 409, "dataset_not_ready")
+    job = world.post("/v1/fine_tuning/jobs", json={"model": "tiny-lm", "dataset_id": made["id"]})
+    problem = check_problem(job, 409, "dataset_not_ready")
+    assert problem["hint"] == "upload the file again without dry_run"
+
+
 def test_etag_spares_the_body(world: World) -> None:
     dataset = world.upload().json()["id"]
     for url in (f"/v1/datasets/{dataset}", f"/v1/datasets/{dataset}/report"):

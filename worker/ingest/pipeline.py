@@ -94,6 +94,7 @@ def ingest(
 
     A file that cannot become a dataset is not an exception: the result is `invalid`, its report
     complete as far as reading went, `failure` says why, and there is no canonical file.
+    A dry run differs in its status and in that it writes no canonical file.
     `on_progress(bytes read, bytes in all)` may raise to stop; nothing is left behind then.
 
     Raises:
@@ -126,12 +127,12 @@ def ingest(
             )
     unread = isinstance(failure, UnsupportedMedia)
     return IngestResult(
-        status=status_of(tally, failure),
+        status=status_of(tally, failure, dry_run=policy.dry_run),
         report=build_report(
             tally,
             dataset_id=dataset_id,
             contents=Contents() if unread else reader.contents,
-            policy=policy.split,
+            policy=policy,
             failure=failure,
         ),
         canonical_sha256=sha256,
@@ -331,17 +332,19 @@ def _publish(
     tally: Tally,
     on_progress: Callable[[], None],
 ) -> str | None:
-    """Write the pairs with their splits; only count them when they are no dataset."""
+    """Write the pairs with their splits; in a dry run and of no dataset only count them."""
     with PromptIndex(out_dir) as prompts:
         sha256: str | None = None
         run = partial(_second_pass, pairs, tally=tally, prompts=prompts, on_progress=on_progress)
+        plan: SplitPlan | None = None
         if is_usable:
             plan = plan_by_place(pairs.prompts, pairs.rank_at, policy.split)
             tally.split_prompts = dict(plan.sizes)
+        if is_usable and not policy.dry_run:
             with atomic_writer(out_dir / CANONICAL_NAME) as file:
                 sha256 = run(file, plan=plan)
         else:
-            run(None, plan=None)
+            run(None, plan=plan)
         tally.overlap = prompts.overlap(keep=tally.limits.examples_per_code)
         return sha256
 
@@ -364,11 +367,13 @@ def _second_pass(
             tally.duplicate(found)
         if mark not in (Mark.KEPT, Mark.CONFLICT):
             continue
-        row = found if plan is None else replace(found, split=plan.split_of(found.group_id))
+        row = found
+        if plan is not None:
+            row = replace(found, split=plan.split_of(found.group_id))
+            tally.split_pairs[row.split] += 1
         tally.accept(row, conflict=mark is Mark.CONFLICT)
         prompts.add(row)
         if file is not None:
-            tally.split_pairs[row.split] += 1
             data = to_line(row)
             checksum.update(data)
             file.write(data)

@@ -4,7 +4,7 @@ import orjson
 
 from core.errors import KdpoError
 from core.lifecycle import DatasetStatus
-from core.run_spec import SplitPolicy
+from core.run_spec import DatasetPolicy
 from worker.ingest.canonical import CanonicalRow, Split
 from worker.ingest.containers import Contents
 from worker.ingest.faults import HINTS
@@ -15,10 +15,12 @@ _PREVIEW_CHARACTERS = 2000
 _MAX_MEMBERS = 100
 
 
-def status_of(tally: Tally, failure: KdpoError | None) -> DatasetStatus:
+def status_of(tally: Tally, failure: KdpoError | None, *, dry_run: bool) -> DatasetStatus:
     """Return the state of a dataset: warnings come from rejected rows and from lint."""
     if failure is not None:
         return DatasetStatus.INVALID
+    if dry_run:
+        return DatasetStatus.CHECKED
     if tally.rejected or any(check["level"] == "warn" for check in lint(tally)):
         return DatasetStatus.READY_WITH_WARNINGS
     return DatasetStatus.READY
@@ -29,7 +31,7 @@ def build_report(
     *,
     dataset_id: str,
     contents: Contents,
-    policy: SplitPolicy,
+    policy: DatasetPolicy,
     failure: KdpoError | None,
 ) -> dict[str, object]:
     """Return the report as JSON values; `complete` is false when reading stopped."""
@@ -37,7 +39,7 @@ def build_report(
     return {
         "object": "dataset.report",
         "dataset_id": dataset_id,
-        "status": status_of(tally, failure).value,
+        "status": status_of(tally, failure, dry_run=policy.dry_run).value,
         "complete": not tally.stopped_early,
         "detected": {
             "layout": None if found is None else found.layout.name.value,
@@ -68,7 +70,7 @@ def build_report(
         },
         "split": {
             "by": "prompt",
-            "seed": policy.seed,
+            "seed": policy.split.seed,
             "prompts": {split.value: count for split, count in tally.split_prompts.items()},
         },
         "errors": [

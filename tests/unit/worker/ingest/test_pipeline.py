@@ -71,6 +71,16 @@ def test_report_has_the_documented_shape(run, lines, good):
     assert report["preview"] == [orjson.loads(to_line(row)) for row in outcome.rows[:3]]
 
 
+def test_dry_run_reports_and_keeps_no_pairs(run, lines, good):
+    kept = run(lines(good(40)))
+    outcome = run(lines(good(40)), policy=DatasetPolicy(dry_run=True))
+    assert (outcome.result.status, outcome.result.failure) == ("checked", None)
+    assert outcome.result.canonical_sha256 is None
+    assert [path.name for path in outcome.out_dir.iterdir()] == [REJECTED_NAME]
+    assert outcome.report == {**kept.report, "status": "checked"}
+    assert run(b"junk\n", policy=DatasetPolicy(dry_run=True)).result.status == "invalid"
+
+
 def test_same_bytes_give_the_same_dataset(run, lines, good):
     first, second = run(lines(good(40))), run(lines(good(40)))
     assert first.result == second.result
