@@ -107,7 +107,10 @@ class SearchSpec(SpecModel):
     max_trials: int = Field(default=12, ge=2, le=1000)
     gpu_seconds: float | None = Field(default=None, gt=0.0)
     trial_epochs: float = Field(
-        default=0.5, gt=0.0, le=10.0, description="length of a trial in passes over the data"
+        default=0.5,
+        gt=0.0,
+        le=10.0,
+        description="length of a trial in passes over the data: the first steps of the final run",
     )
     drift_budget: float | None = Field(
         default=None, gt=0.0, description="largest mean token KL(policy || reference), nats"

@@ -67,5 +67,6 @@ def per_pair_mean(values: Tensor, pair_index: Tensor, num_pairs: int) -> Tensor:
     Raises ValueError when values and pair_index differ in shape.
     """
     totals = segment_sum(values, pair_index, num_pairs)
-    counts = torch.bincount(pair_index, minlength=num_pairs).clamp_min(1)
-    return totals / counts.to(totals.dtype)
+    # Not bincount, which waits for a GPU to know the size of its result.
+    counts = segment_sum(torch.ones_like(totals[:1]).expand(values.shape), pair_index, num_pairs)
+    return totals / counts.clamp_min(1.0)

@@ -22,7 +22,9 @@ def is_diverging(losses: list[float]) -> bool:
     quarter = len(losses) // 4
     if len(losses) < MIN_POINTS:
         return False
-    return sum(losses[-quarter:]) > DIVERGING * sum(losses[:quarter])
+    first, last = sum(losses[:quarter]), sum(losses[-quarter:])
+    # A mixture's entropy bonus can make losses negative.
+    return last > first + (DIVERGING - 1.0) * abs(first)
 
 
 def raise_flags(

@@ -1,7 +1,7 @@
 """What a job trains: its runs, what they need of the reference, and how their ends are judged."""
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 from pydantic import TypeAdapter
 
@@ -25,8 +25,7 @@ class RunRequest:
     scope: str
     objective: ObjectiveSpec
     learning_rate: float
-    n_epochs: float | None = None
-    schedule: Literal["linear", "constant"] | None = None
+    trial_epochs: float | None = None
 
     @property
     def is_final(self) -> bool:

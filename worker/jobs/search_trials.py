@@ -128,8 +128,7 @@ def _run_once(
         scope=f"trial:{proposal.number}",
         objective=proposal.candidate.objective,
         learning_rate=proposal.candidate.learning_rate,
-        n_epochs=spec.trial_epochs,
-        schedule="constant",
+        trial_epochs=spec.trial_epochs,
     )
     with context.transaction() as session:
         row = ExperimentRepository(session).start_trial(

@@ -161,8 +161,7 @@ class Workbench:
             hidden_size=self.policy.hidden_size,
             seed=self.seed,
             learning_rate=request.learning_rate,
-            n_epochs=request.n_epochs,
-            schedule=request.schedule,
+            trial_epochs=request.trial_epochs,
             watched=request.is_final,
         )
 

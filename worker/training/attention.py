@@ -8,7 +8,7 @@ registered with transformers. `MASK` hands a dense 4-D mask to `sdpa`.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, cached_property
 from itertools import accumulate
@@ -65,6 +65,8 @@ class Segments:
 
     pairs: tuple[PairLengths, ...]
     device: torch.device
+    windows: set[int] = field(default_factory=set, compare=False)
+    """Sliding windows that layers have asked for."""
 
     @cached_property
     def splits(self) -> list[int]:
@@ -84,7 +86,8 @@ class Segments:
     def labels(self) -> tuple[Tensor, Tensor]:
         """Per token (T,): the number of its pair, and 0, 1, 2 for prompt, chosen, rejected."""
         lengths = torch.tensor([[p.prompt, p.chosen, p.rejected] for p in self.pairs])
-        part = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten()).to(self.device)
+        part = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())
+        part = part.to(self.device, non_blocking=True)
         return part // 3, part % 3
 
     def dense_mask(self) -> Tensor:
@@ -103,10 +106,8 @@ class Segments:
             return inside & ((part[query] == part[key]) | (part[key] == 0))
 
         count = pair.shape[0]
-        on_gpu = self.device.type == "cuda"
-        return create_block_mask(
-            sees, None, None, count, count, device=str(self.device), _compile=on_gpu
-        )
+        make = _compiled_block_mask() if self.device.type == "cuda" else create_block_mask
+        return make(sees, None, None, count, count, device=str(self.device))
 
 
 class UnsupportedAttention(KdpoError):
@@ -146,9 +147,14 @@ def packed_attention(
             f"{type(module).__name__} attends with {', '.join(refused) or 'dropout'}, which packed "
             "pairs do not support"
         )
+    if segments is not None and sliding_window is not None:
+        segments.windows.add(sliding_window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if query.dtype != value.dtype:
+        # Rotary embeddings leave float32 under autocast, which only `sdpa` knows to cast.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if segments is None:
         whole: Tensor = compiled_flex()(query, key, value, block_mask=block_mask, scale=scaling)
         return whole.transpose(1, 2), None
@@ -205,6 +211,13 @@ def packed_starts(pairs: tuple[PairLengths, ...]) -> list[int]:
 def compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled once for rows of any length."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    """Made without the dense mask of the whole row."""
+    compiled: Callable[..., BlockMask] = torch.compile(create_block_mask, dynamic=True)
     return compiled
 
 

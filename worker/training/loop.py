@@ -50,7 +50,7 @@ def train(
 
 
 def _go(run: TrainingRun, hooks: RunHooks, store: ResumeStore | None) -> None:
-    total = run.plan.total_steps
+    total = run.plan.last_step
     every = metric_interval(total)
     started_complete = run.step == total
     while run.step < total:

@@ -1,8 +1,9 @@
 """Linear layers with a low-rank adapter, in as few passes over their outputs as there are products.
 
 peft computes W x + s · B (A x) with a scaled copy and a sum of the whole output, forward and
-backward; here both products go into one output. The layers stay peft's: the adapter can be
-switched off, reset, merged and saved as before.
+backward; here both products go into one output. Over a bfloat16 base, whose adapter peft keeps in
+float32, products are in bfloat16 and gradients come back in float32. The layers stay peft's: the
+adapter can be switched off, reset, merged and saved as before.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ class _Context(FunctionCtx):
     """What forward leaves for backward, beside tensors."""
 
     scale: float
+    dtype: torch.dtype
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
@@ -37,9 +39,11 @@ class _LowRank(torch.autograd.Function):
         b: Tensor,
         scale: float,
     ) -> Tensor:
-        inner = x @ a.T
-        output = nn.functional.linear(x, weight, bias).addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, inner)
+        low, high = a.to(x.dtype), b.to(x.dtype)
+        inner = x @ low.T
+        output = nn.functional.linear(x, weight, bias).addmm_(inner, high.T, alpha=scale)
+        ctx.save_for_backward(x, weight, low, high, inner)
+        ctx.dtype = a.dtype
         ctx.scale = scale
         return output
 
@@ -55,7 +59,8 @@ class _LowRank(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight).addmm_(of_inner, a)
-        return of_x, None, None, of_a, of_b, None
+        dtype: torch.dtype = ctx.dtype
+        return of_x, None, None, of_a.to(dtype), of_b.to(dtype), None
 
 
 class _Fused:
@@ -72,7 +77,9 @@ class _Fused:
         applies = (
             not (args or kwargs or layer.disable_adapters or layer.merged)
             and layer.active_adapters == [ADAPTER]
-            and x.dtype == base.weight.dtype == a.dtype == b.dtype
+            and x.dtype == base.weight.dtype
+            and a.dtype == b.dtype
+            and a.dtype in (x.dtype, torch.float32)
             and not base.weight.requires_grad
             and not torch.is_autocast_enabled(x.device.type)
         )

@@ -33,6 +33,13 @@ class TrainPlan:
     patience: int | None = None
     micro_tokens: int = 0
     """Budget of a micro-batch; 0: the device's."""
+    stop_after: int | None = None
+    """The step after which a trial ends; its rates are those of the whole run."""
+
+    @property
+    def last_step(self) -> int:
+        """Steps that are really made."""
+        return self.total_steps if self.stop_after is None else self.stop_after
 
     def rate(self, step: int) -> float:
         """Factor on learning rates at step `step` (from 0): warm-up, then constant or linear to 0.
@@ -69,27 +76,28 @@ def resolve_plan(
     hidden_size: int,
     seed: int,
     learning_rate: float | None = None,
-    n_epochs: float | None = None,
-    schedule: Literal["linear", "constant"] | None = None,
+    trial_epochs: float | None = None,
     watched: bool = False,
 ) -> TrainPlan:
-    """Resolve a spec against model and data; keyword arguments stand above the spec.
+    """Resolve a spec against model and data; `learning_rate` stands above the spec's.
 
-    Only a `watched` run is scored on validation while it runs.
+    A trial is the first `trial_epochs` of the whole run, or all of it where that is shorter. Only
+    a `watched` run is scored on validation while it runs.
     """
     if learning_rate is None:
         given, full = spec.learning_rate, spec.adaptation == "full"
         learning_rate = auto_learning_rate(hidden_size, full=full) if given == "auto" else given
     batch_size = min(spec.batch_size, num_pairs)
-    epochs = spec.n_epochs if n_epochs is None else n_epochs
-    total = max(1, round(epochs * num_pairs / batch_size))
+    steps_per_epoch = num_pairs / batch_size
+    total = max(1, round(spec.n_epochs * steps_per_epoch))
     if spec.max_steps is not None:
         total = min(total, spec.max_steps)
+    trial = None if trial_epochs is None else max(1, round(trial_epochs * steps_per_epoch))
     return TrainPlan(
         learning_rate=learning_rate,
         total_steps=total,
         warmup_steps=min(math.ceil(spec.warmup_fraction * total), total - 1),
-        schedule=spec.schedule if schedule is None else schedule,
+        schedule=spec.schedule,
         batch_size=batch_size,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -97,6 +105,7 @@ def resolve_plan(
         eval_steps=_eval_steps(spec.eval_every, total) if watched else None,
         patience=spec.early_stopping_patience if watched else None,
         micro_tokens=spec.micro_batch_tokens or 0,
+        stop_after=None if trial is None else min(trial, total),
     )
 
 

@@ -182,7 +182,7 @@ class TrainingRun:
             norm = norm.full_tensor()
         metrics["grad_norm"] = norm.detach()
         rate = self.plan.rate(self.step) * self.plan.learning_rate
-        metrics["learning_rate"] = norm.new_tensor(rate)
+        metrics["learning_rate"] = norm.new_full((), rate)
         self._finite.append((self.step, torch.isfinite(norm) & torch.isfinite(metrics["loss"])))
         if self.policy.device.type == "cpu":
             self._raise_if_not_finite()

@@ -273,8 +273,8 @@ def test_auto_is_resolved_against_model_and_data() -> None:
     plan = resolve_plan(TrainSpec(), num_pairs=420, hidden_size=192, seed=1)
     assert (plan.total_steps, plan.warmup_steps, plan.batch_size) == (26, 3, 16)
     short = resolve_plan(
-        TrainSpec(max_steps=4), num_pairs=9, hidden_size=64, seed=1, n_epochs=0.5,
-        schedule="constant", learning_rate=0.01,
+        TrainSpec(n_epochs=0.5, max_steps=4, schedule="constant"), num_pairs=9, hidden_size=64,
+        seed=1, learning_rate=0.01,
     )  # fmt: skip
     assert (short.total_steps, short.warmup_steps, short.batch_size) == (1, 0, 9)
     assert (short.schedule, short.learning_rate) == ("constant", 0.01)

@@ -83,6 +83,26 @@ def test_under_autocast_and_after_merging_peft_does_it() -> None:
         assert torch.equal(merged(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
 
 
+def test_over_a_bfloat16_base_gradients_are_float32() -> None:
+    expected, gradients = loss_and_gradients(model())
+    fused = model()
+    fuse_adapters(fused)
+    fused.bfloat16()
+    for name, parameter in fused.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    found, ours = loss_and_gradients(fused)
+    gap = (found - expected).detach().abs().mean()
+    assert float(gap) < 0.05 * float(expected.detach().std())
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert ours[name].dtype == torch.float32
+        close = torch.nn.functional.cosine_similarity(
+            ours[name].double().flatten(), gradient.flatten(), dim=0
+        )
+        assert float(close) > 0.98, name
+
+
 def test_an_adapter_is_saved_and_loaded_as_before(tmp_path: Path) -> None:
     fused = model()
     fuse_adapters(fused)

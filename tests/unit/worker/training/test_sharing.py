@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -202,6 +204,30 @@ def test_a_model_that_cannot_share_keeps_padded_rows_and_the_reason_is_logged(
     assert found.reason
     assert why in found.reason
     assert causal.config._attn_implementation == before
+
+
+def test_windows_that_only_a_mask_knows_are_not_lost() -> None:
+    torch.manual_seed(0)
+    shape = {**SHAPE, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    config = Qwen2MoeConfig(
+        **shape, num_experts=2, num_experts_per_tok=1, use_sliding_window=True, sliding_window=32,
+        max_window_layers=2,
+    )  # fmt: skip
+    found = choose_attention(Qwen2MoeForCausalLM(config).eval(), device=CPU)
+    assert found.attention is None
+    assert "leave sliding windows to the mask" in found.reason
+
+
+def test_in_low_precision_a_wrong_attention_is_still_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    causal = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval()
+    assert choose_attention(causal, device=CPU).attention is SharedAttention.SEGMENTS
+    everything = torch.ones(1, 1, 30, 30, dtype=torch.bool)
+    monkeypatch.setattr(attention_module.Segments, "dense_mask", lambda _: everything)
+    monkeypatch.setattr(sharing, "_candidates", lambda *_: (SharedAttention.MASK,))
+    found = choose_attention(causal, device=CPU)
+    assert found.attention is None
+    assert "hidden states differ" in found.reason
 
 
 def test_layers_that_a_probe_cannot_tell_apart_are_refused() -> None:
