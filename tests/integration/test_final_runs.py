@@ -18,6 +18,7 @@ from core.results import TrainingResult
 from core.settings import Settings
 from models.experiment import Checkpoint
 from models.repositories.experiments import ExperimentRepository
+from models.repositories.jobs import JobRepository
 from models.repositories.paging import PageQuery
 from tests.integration.training_world import StopAfter, TrainingWorld, make_world, micro_llama
 from worker.context import Preempted
@@ -207,6 +208,9 @@ def test_a_job_of_two_processes_gives_what_one_gives(world: TrainingWorld) -> No
         assert curves[1][step]["loss"] == pytest.approx(values["loss"], rel=1e-4)
         assert curves[1][step]["num_tokens"] == values["num_tokens"]
     assert set(checkpoints(world, job_id)) == set(checkpoints(world, first))
+    with world.database.reading() as session:
+        usage = [JobRepository(session).get(world.owner_id, i).gpu_seconds for i in (first, job_id)]
+    assert usage == pytest.approx([alone.run.seconds, 2 * shared.run.seconds])
 
 
 def test_full_with_a_penalty_says_what_its_states_need(world: TrainingWorld) -> None:

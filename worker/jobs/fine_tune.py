@@ -180,7 +180,8 @@ class _FineTune:
         )
         # One transaction: an attempt that dies in between would charge the run twice.
         with context.transaction() as session:
-            JobRepository(session).add_gpu_seconds(context.fence, outcome.seconds)
+            seconds = outcome.seconds * self._bench.processes
+            JobRepository(session).add_gpu_seconds(context.fence, seconds)
             StepRepository(session).succeed(context.fence, scope, trained.model_dump(mode="json"))
         return trained
 

@@ -56,7 +56,8 @@ def abort_unless_complete(outcome: RunOutcome, *, scope: str) -> None:
         raise RunAborted(
             f"run `{scope}`: {outcome.message}",
             failure=FailureCode.OUT_OF_MEMORY,
-            hint="lower batch_size or max_length, or take a smaller model",
+            hint="lower max_length or micro_batch_tokens, set gradient_checkpointing, or take a "
+            "smaller model",
         )
     if outcome.ended_by is not EndedBy.BUDGET:
         raise RunAborted(

@@ -5,6 +5,7 @@ process group; they read the job from a folder, take their share of every step, 
 standard input does. All of them agree on stops and resume points at every step.
 """
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,24 +19,28 @@ from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy
 from core.settings import TrainingSettings
 from objectives import HybridObjective
+from worker.training.batches import Form, computed_tokens
 from worker.training.checkpoint import ResumeStore, SavedState
 from worker.training.evaluate import Scored, TrialScore, measure, trial_score
+from worker.training.memory import free_memory
 from worker.training.model import Policy
 from worker.training.processes import other_processes
 from worker.training.rank_job import HeldOut, RankJob
 from worker.training.ranks import Ranks
 from worker.training.reference import Progress
-from worker.training.run import Ended, RunHooks, RunOutcome, TrainingRun
-from worker.training.step import PairLoss
+from worker.training.run import DidNotFit, Ended, RunHooks, RunOutcome, TrainingRun
+from worker.training.step import MICRO_TOKENS, PairLoss
 from worker.training.trainer import Leave, Validate, drive
+
+log = logging.getLogger("kdpo.training")
 
 
 def resolve_processes(settings: TrainingSettings, device: torch.device) -> int:
     """How many processes a final run has.
 
     Raises:
-        RunAborted: more are asked for than there are GPUs, or sharding over a single process
-            (`dependency_error`).
+        RunAborted: more are asked for than there are GPUs or than one GPU that is named, or
+            sharding over a single process (`dependency_error`).
     """
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     size = settings.num_processes
@@ -47,6 +52,14 @@ def resolve_processes(settings: TrainingSettings, device: torch.device) -> int:
             "there is nothing to share out",
             failure=FailureCode.DEPENDENCY_ERROR,
             hint="set it to `none`, or KDPO_TRAINING__NUM_PROCESSES to more than 1",
+        )
+    if device.type == "cuda" and device.index is not None and size > 1:
+        raise RunAborted(
+            f"KDPO_TRAINING__DEVICE is {settings.device!r}, one GPU, and "
+            f"KDPO_TRAINING__NUM_PROCESSES is {size}: each process takes a GPU of its own",
+            failure=FailureCode.DEPENDENCY_ERROR,
+            hint="set the device to `cuda` or `auto`, or the number of processes to 1; "
+            "CUDA_VISIBLE_DEVICES chooses the GPUs of several",
         )
     if device.type == "cuda" and size > gpus:
         raise RunAborted(
@@ -70,26 +83,41 @@ def train_ranked(
 ) -> RunOutcome:
     """Do what `train_final` does with `size` processes; `policy` is left with the weights.
 
+    Where a micro-batch does not fit, all begin again from the last point with half the tokens, as
+    long as that can help: sums over pairs do not depend on how they are cut.
+
     Raises:
         RunAborted: a process ended, or there are fewer pairs in a step than processes.
         Exception: what `hooks.raise_if_stopped` raises, after a point has been saved.
     """
     _check(job, size)
-    saved = store.load()
-    objective = job.build_objective(policy)
-    if saved is not None and saved.ended:
-        return _left(job, policy, objective, saved, leave=leave)
-    try:
-        with other_processes(job, folder / "ranks", size=size, saved=saved, hooks=hooks) as ranks:
-            ended_by, message, reached = _first(
-                job, policy, objective, ranks, saved, hooks=hooks, folder=folder, store=store,
-                trackers=trackers,
-            )  # fmt: skip
-    except Ended as end:
-        # Another process did; where this one was then is of no use to anybody.
-        return RunOutcome(
-            steps=0, pairs_seen=0, seconds=0.0, ended_by=end.ended_by, message=str(end)
-        )
+    while True:
+        saved = store.load()
+        objective = job.build_objective(policy)
+        if saved is not None and saved.ended:
+            return _left(job, policy, objective, saved, leave=leave)
+        try:
+            with other_processes(
+                job, folder / "ranks", size=size, saved=saved, hooks=hooks
+            ) as ranks:
+                ended_by, message, reached = _first(
+                    job, policy, objective, ranks, saved, hooks=hooks, folder=folder, store=store,
+                    trackers=trackers,
+                )  # fmt: skip
+            break
+        except Ended as end:
+            tokens = _fewer_tokens(job, policy.form) if isinstance(end, DidNotFit) else None
+            if tokens is None:
+                # Whichever process it was; where the first was then is of no use to anybody.
+                return RunOutcome(
+                    steps=0, pairs_seen=0, seconds=0.0, ended_by=end.ended_by, message=str(end)
+                )
+            # Its text: a record that is kept must not keep the exception.
+            log.warning("%s; it goes on from its last point with %d tokens", str(end), tokens)
+            job = replace(job, plan=replace(job.plan, micro_tokens=tokens))
+        # Outside the handler: the exception's frames hold the tensors that did not fit.
+        free_memory(policy.device)
+    free_memory(policy.device)
     if ended_by is EndedBy.BUDGET:
         final = store.load()
         if final is None:
@@ -126,6 +154,9 @@ def _first(
         ended_by, message = drive(
             run, hooks=hooks, folder=folder, store=store, validate=validate, trackers=trackers
         )
+        if ended_by is EndedBy.OOM:
+            # The others do not know, and wait inside a step.
+            raise Ended(ended_by, message)
         return ended_by, message, _where(run)
     finally:
         if job.sharded:
@@ -198,6 +229,14 @@ def _check(job: RankJob, size: int) -> None:
             failure=FailureCode.OUT_OF_MEMORY,
             hint="raise KDPO_TRAINING__REFERENCE_STATES_BYTES, or drop eval_every",
         )
+
+
+def _fewer_tokens(job: RankJob, form: Form) -> int | None:
+    """Half the tokens of the largest micro-batch, or None where that is a pair alone."""
+    sizes = sorted(computed_tokens(pair, form) for pair in job.data.pairs)
+    budget = job.plan.micro_tokens or MICRO_TOKENS[job.device]
+    largest = min(budget, sum(sizes[-job.plan.batch_size :]))
+    return None if largest <= sizes[-1] else max(1, largest // 2)
 
 
 def _where(run: TrainingRun) -> SavedState:

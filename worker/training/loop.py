@@ -63,7 +63,7 @@ def _go(run: TrainingRun, hooks: RunHooks, store: ResumeStore | None) -> None:
         except torch.OutOfMemoryError as error:
             raise Ended(
                 EndedBy.OOM,
-                f"step {run.step + 1} ran out of device memory with one pair at a time",
+                f"step {run.step + 1} ran out of device memory in the optimizer",
             ) from error
         if run.step % every == 0 or run.step == total:
             hooks.metrics(run.step, run.close_window())

@@ -213,6 +213,7 @@ def load_policy(
         folder,
         dtype=torch.float32 if is_full else computed,
         quantization=quantization_config(options, computed, device),
+        device=device,
     )
     if options.quantization is None:
         nn.Module.to(base, device)
@@ -271,9 +272,15 @@ def peft_warnings_off() -> Iterator[None]:
 
 
 def load_base(
-    folder: Path, *, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load safetensors weights, all of them and all finite, and nothing that could run code.
+
+    They are on the host, quantized ones on `device`: those are made there.
 
     Raises:
         RunAborted: the folder holds no model that can be used (`model_not_found`).
@@ -291,6 +298,8 @@ def load_base(
             local_files_only=True,
             output_loading_info=True,
             quantization_config=quantization,
+            # Else the library takes the current GPU, which may be another.
+            device_map=None if quantization is None else {"": device},
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,23 +20,28 @@ import orjson
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import _abort_process_group
 
-from core.errors import FailureCode, RunAborted
+from core.errors import FailureCode, KdpoError, RunAborted
 from core.lifecycle import EndedBy
 from worker.training.checkpoint import SavedState
 from worker.training.rank_job import RankJob
 from worker.training.ranks import Ranks
-from worker.training.run import Ended, RunHooks
+from worker.training.run import DidNotFit, Ended, RunHooks
 
 # One process may write a large resume point while the others wait for it.
 _TIMEOUT = timedelta(hours=2)
 _POLL_S, _GRACE_S, _LOG_TAIL = 0.1, 10.0, 500
 _LOOPBACK = "127.0.0.1"
+_END = "end"
 
 
 @contextmanager
 def joined(store: TCPStore, *, rank: int, size: int, device: str) -> Iterator[None]:
-    """Be process `rank` of a group within the block, for torch and for accelerate."""
+    """Be process `rank` of a group within the block, for torch and for accelerate.
+
+    All have to leave it by its end, or each by an exception.
+    """
     variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -61,8 +67,12 @@ def joined(store: TCPStore, *, rank: int, size: int, device: str) -> Iterator[No
         )
         try:
             yield
+        except BaseException:
+            abort(device)
+            raise
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
     finally:
         for name, value in before.items():
             if value is None:
@@ -71,8 +81,25 @@ def joined(store: TCPStore, *, rank: int, size: int, device: str) -> Iterator[No
                 os.environ[name] = value
 
 
+def abort(device: str) -> None:
+    """Give a broken group up: NCCL would wait for processes that no longer come; gloo notices."""
+    if device == "cuda" and dist.is_initialized():
+        _abort_process_group()
+
+
+def tell_the_end(store: TCPStore) -> None:
+    """Let the others leave the group together with the first, who says so."""
+    store.set(_END, "1")
+
+
+def wait_for_the_end(store: TCPStore) -> None:
+    """Wait until the first process is done; polled, as the group uses the store meanwhile."""
+    while not store.check([_END]):
+        time.sleep(_POLL_S)
+
+
 def failure_file(folder: Path, rank: int) -> Path:
-    """Where a process says how it ended before its time."""
+    """Where a process says what did not fit into its device's memory."""
     return folder / f"failed-{rank}.json"
 
 
@@ -93,16 +120,51 @@ def other_processes(
         torch.set_num_threads(job.threads)
         _wait_for(children, folder, store, waiting=hooks.raise_if_stopped)
         with joined(store, rank=0, size=size, device=job.device):
+            lost = threading.Event()
+
+            def give_up() -> None:
+                lost.set()
+                abort(job.device)
+
             try:
-                yield Ranks(rank=0, size=size, sharded=job.sharded)
-            except RuntimeError as error:
+                with watched(children, ended=give_up):
+                    yield Ranks(rank=0, size=size, sharded=job.sharded)
+            except Exception as error:
                 # The group broke: what ended the other process says why.
-                _raise_failure(children, folder, cause=error)
+                is_ours = isinstance(error, KdpoError)
+                if isinstance(error, RuntimeError) or (lost.is_set() and not is_ours):
+                    _raise_failure(children, folder, cause=error)
                 raise
+            tell_the_end(store)
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_S)
     finally:
         torch.set_num_threads(threads)
         _end(children)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def watched(
+    children: list[subprocess.Popen[bytes]], *, ended: Callable[[], None]
+) -> Iterator[None]:
+    """Call `ended` in a thread when a process ends within the block: NCCL would wait."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_POLL_S):
+            if any(child.poll() is not None for child in children):
+                ended()
+                return
+
+    thread = threading.Thread(target=watch, name="ranks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _start(folder: Path, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
@@ -151,8 +213,8 @@ def _raise_failure(
             said = failure_file(folder, rank)
             if said.is_file():
                 failure = orjson.loads(said.read_bytes())
-                if failure["ended_by"] == EndedBy.OOM:
-                    raise Ended(EndedBy.OOM, failure["message"]) from cause
+                kind = DidNotFit if failure["did_not_fit"] else Ended
+                raise kind(EndedBy.OOM, failure["message"]) from cause
             lines = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
             raise RunAborted(
                 f"process {rank} of the run ended with status {child.returncode}: "

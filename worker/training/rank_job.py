@@ -1,7 +1,6 @@
 """What a process needs to train with others, as files: JSON and safetensors, nothing pickled."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,8 +167,10 @@ def _hand_over(states: ReferenceStates, path: Path, *, name: str) -> dict[str, T
     """Give the file a second name, which keeps it when the store drops its entry."""
     try:
         os.link(states.path, path)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(states.path, path)
+    except OSError:  # the entry was dropped meanwhile, or there are no links to where this is
+        # The mapping outlives the name.
+        with path.open("wb") as file:
+            file.write(states.mapped.data)
     return {
         f"{name}.starts": torch.from_numpy(states.starts.copy()),
         f"{name}.lengths": torch.from_numpy(states.lengths.copy()),

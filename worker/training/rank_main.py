@@ -14,9 +14,10 @@ from torch._C._distributed_c10d import TCPStore
 from core.lifecycle import EndedBy
 from worker.training.checkpoint import SavedState
 from worker.training.distributed import prepare
-from worker.training.processes import failure_file, joined
+from worker.training.processes import failure_file, joined, wait_for_the_end
 from worker.training.rank_job import RankJob
 from worker.training.ranks import Ranks
+from worker.training.run import DidNotFit
 from worker.training.trainer import drive
 
 
@@ -34,8 +35,9 @@ class _Follower:
         return False
 
     def raise_if_stopped(self) -> None:
-        """Called when the first process stops: there is nothing left to do."""
-        _wait_for_the_end()
+        """Called when the first process stops: wait for it to end this one, once it has saved."""
+        while True:
+            threading.Event().wait()
 
     def save(self, state: SavedState) -> None:
         """The first process saves."""
@@ -66,27 +68,31 @@ def main(arguments: list[str]) -> NoReturn:
     follower = _Follower()
     with joined(store, rank=rank, size=size, device=job.device):
         ranks = Ranks(rank=rank, size=size, sharded=job.sharded)
-        run, validate = prepare(job, policy, job.build_objective(policy), ranks, saved)
-        ended_by, message = drive(
-            run, hooks=follower, folder=folder, store=follower, validate=validate
-        )
+        try:
+            run, validate = prepare(job, policy, job.build_objective(policy), ranks, saved)
+            ended_by, message = drive(
+                run, hooks=follower, folder=folder, store=follower, validate=validate
+            )
+        except DidNotFit as end:
+            _fail(folder, rank, str(end), did_not_fit=True)
         if ended_by is EndedBy.OOM:
-            failure = {"ended_by": ended_by, "message": f"process {rank}: {message}"}
-            failure_file(folder, rank).write_bytes(orjson.dumps(failure))
-            # The others wait inside the step that this one left: the broken group tells them.
-            os._exit(1)
-        _wait_for_the_end()
+            _fail(folder, rank, message, did_not_fit=False)
+        wait_for_the_end(store)
+    # At once: how gloo's threads wind down is not ours.
+    os._exit(0)
 
 
-def _wait_for_the_end() -> NoReturn:
-    while True:
-        threading.Event().wait()
+def _fail(folder: Path, rank: int, message: str, *, did_not_fit: bool) -> NoReturn:
+    failure = {"message": f"process {rank}: {message}", "did_not_fit": did_not_fit}
+    failure_file(folder, rank).write_bytes(orjson.dumps(failure))
+    # The others wait inside the step that this one left: the broken group or their watch tells.
+    os._exit(1)
 
 
 def _follow_pipe() -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
-    # At once, whatever is under way: how gloo's threads wind down is not ours.
+    # At once, whatever is under way.
     os._exit(0)
 
 

@@ -3,12 +3,15 @@
 Everything else reads as if there were one process; with one, all of this is the identity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from worker.training.batches import Form, computed_tokens, micro_batches, spread
 from worker.training.tokenize import TokenizedPair
@@ -75,3 +78,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
+    """Let processes keep their gradients to themselves within the block."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

@@ -79,6 +79,10 @@ class Ended(KdpoError):
         self.ended_by = ended_by
 
 
+class DidNotFit(Ended):
+    """A micro-batch did not fit a device where several processes train; smaller ones may."""
+
+
 def metric_interval(total_steps: int) -> int:
     """Steps in a window of metrics."""
     return max(1, math.ceil(total_steps / METRIC_POINTS))
@@ -168,13 +172,17 @@ class TrainingRun:
         """Leave the clipped gradients of a step's pairs and note its metrics; returns the loss.
 
         Raises:
-            Ended: on a CPU at once, on a GPU when metrics are read: not finite.
+            Ended: on a CPU at once, on a GPU when metrics are read: not finite; or a pair alone
+                does not fit the device.
+            DidNotFit: a micro-batch does not fit, where several processes train.
             RunAborted: the first step does not begin at the reference.
-            torch.OutOfMemoryError: a pair alone does not fit.
         """
-        metrics = self.pair_step.accumulate(
-            index, denominator=len(index), clear=self.optimizer.zero_grad
-        )
+        try:
+            metrics = self.pair_step.accumulate(
+                index, denominator=len(index), clear=self.optimizer.zero_grad
+            )
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory() from error
         norm = torch.nn.utils.clip_grad_norm_(
             list(self._adapter.values()), self.plan.max_grad_norm, foreach=True
         )
@@ -192,6 +200,16 @@ class TrainingRun:
             self._window[name] = self._window.get(name, torch.zeros_like(value)) + value
         self.num_tokens += sum(computed_tokens(self.data.pairs[i], self.policy.form) for i in index)
         return metrics["loss"]
+
+    def _out_of_memory(self) -> Ended:
+        what = f"step {self.step + 1} ran out of device memory with"
+        if self.ranks.size == 1:
+            return Ended(EndedBy.OOM, f"{what} one pair at a time")
+        return DidNotFit(
+            EndedBy.OOM,
+            f"{what} micro-batches of {self.pair_step.max_tokens} tokens in each of "
+            f"{self.ranks.size} processes; set `micro_batch_tokens` lower",
+        )
 
     def stepped(self) -> None:
         """Count a step when the optimizer has done it."""
@@ -260,7 +278,9 @@ class TrainingRun:
         tensors = saved.tensors
         self.watch.restore(saved.watch, tensors)
         self.put(tensors)
-        for name, parameter in (self._adapter | self._weights).items():
+        # Of an ended run only the weights are wanted: no optimizer step follows.
+        trained = {} if saved.ended else self._adapter | self._weights
+        for name, parameter in trained.items():
             moments = {m: tensors.get(f"{_OPTIMIZER}{name}.{m}") for m in _MOMENTS}
             kept = {m: _like(parameter, v) for m, v in moments.items() if v is not None}
             if kept:

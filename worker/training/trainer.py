@@ -8,16 +8,13 @@ the run that follows it. Nothing is pickled and nothing is sent anywhere.
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -34,8 +31,17 @@ from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy
 from worker.training.checkpoint import ResumeStore
 from worker.training.evaluate import TrialScore
+from worker.training.memory import free_memory
+from worker.training.ranks import unsynced
 from worker.training.reference import Progress
-from worker.training.run import Ended, RunHooks, RunOutcome, TrainingRun, metric_interval
+from worker.training.run import (
+    DidNotFit,
+    Ended,
+    RunHooks,
+    RunOutcome,
+    TrainingRun,
+    metric_interval,
+)
 
 log = logging.getLogger("kdpo.training")
 
@@ -87,9 +93,14 @@ def drive(
 ) -> tuple[EndedBy, str]:
     """Train from where the run is to its end; return how it ended, and which pairs are to blame.
 
-    Raises: as `train_final`.
+    Nothing but `run` itself holds its optimizer afterwards, and there are no gradients.
+
+    Raises:
+        DidNotFit: a micro-batch did not fit, where several processes train.
+        RunAborted, Exception: as `train_final`.
     """
     assert (run.plan.eval_steps is None) == (validate is None)
+    assert run.plan.stop_after is None, "a final run goes to the plan's end"
     trainer = PairTrainer(
         run, hooks=hooks, store=store, validate=validate, folder=folder, trackers=trackers
     )
@@ -100,8 +111,23 @@ def drive(
         if run.step < run.plan.total_steps and not run.watch.is_over:
             trainer.train()
         trainer.save_end()
+    except DidNotFit:
+        raise
     except Ended as end:
         return end.ended_by, str(end)
+    except torch.OutOfMemoryError:
+        return EndedBy.OOM, (
+            f"the device ran out of memory after step {run.step}, outside of the model's "
+            "training passes: in the optimizer, or while the run was scored or saved"
+        )
+    finally:
+        # It and its callback refer to each other, and both to the optimizer.
+        trainer.remove_callback(_StepCallback)
+        del trainer
+        run.optimizer.zero_grad()
+        if run.ranks.size == 1:
+            # Else a GPU may be waiting for one that no longer comes, and this for the GPU.
+            free_memory(run.policy.device)
     return EndedBy.BUDGET, ""
 
 
@@ -200,7 +226,7 @@ class PairTrainer(Trainer):
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
             model, loader = super()._prepare_for_training(*args, **kwargs)
         if self.training_run.ranks.size > 1:
-            self.training_run.wrapped(model, partial(_unsynced, model))
+            self.training_run.wrapped(model, partial(unsynced, model))
         return model, loader
 
     def training_step(
@@ -211,13 +237,7 @@ class PairTrainer(Trainer):
     ) -> Tensor:
         """Leave the clipped gradients of the pairs numbered by `inputs`."""
         run = self.training_run
-        try:
-            return run.gradients(inputs).to(run.policy.device)
-        except torch.OutOfMemoryError as error:
-            raise Ended(
-                EndedBy.OOM,
-                f"step {run.step + 1} ran out of device memory with one pair at a time",
-            ) from error
+        return run.gradients(inputs).to(run.policy.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> None:
         """Gradients are clipped, over the adapter only, and their norm is noted in the step."""
@@ -296,21 +316,6 @@ class PairTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self._save_point()
-
-
-@contextmanager
-def _unsynced(model: nn.Module) -> Iterator[None]:
-    """Let processes keep their gradients to themselves within the block."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-        return
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 class _Steps(Dataset[list[int]]):

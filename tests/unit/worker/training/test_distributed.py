@@ -1,11 +1,17 @@
 """Final runs of two processes on one machine give what one process gives."""
 
+import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,7 +49,7 @@ HMK = ObjectiveSpec(
     ),
 )
 Points = dict[int, dict[str, float]]
-Points = dict[int, dict[str, float]]
+ROOT = Path(__file__).parents[4]
 LORA = TrainSpec(lora=LoraSpec(r=4, alpha=8))
 FULL = TrainSpec(adaptation="full")
 
@@ -100,12 +106,9 @@ def job_of(
 def alone(bench: Bench, states: ReferenceStates, folder: Path, **plan: Any) -> Recorder:
     hooks = Recorder()
     held_out = HeldOut(bench.pairs, states)
-    train_final(
-        bench.run(HMK, states=states, **plan),
-        hooks=hooks,
-        folder=folder,
-        validate=lambda progress: score(bench.policy, held_out, progress),
-    )
+    run = bench.run(HMK, states=states, **plan)
+    validate = partial(score, bench.policy, held_out) if run.plan.eval_steps is not None else None
+    train_final(run, hooks=hooks, folder=folder, validate=validate)
     return hooks
 
 
@@ -189,6 +192,8 @@ def test_two_processes_stopped_and_resumed_give_the_result_of_one(
         assert all(spy.sharded)
     else:
         assert isinstance(spy.modules[0], DistributedDataParallel)
+    # The first attempt's was ended where it waited, the second's left the group by itself.
+    assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
     again = train_ranked(job, used.policy, size=2, hooks=Recorder(), folder=folder, store=store)
     assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
 
@@ -212,6 +217,83 @@ def test_a_process_that_dies_ends_the_run_and_leaves_nothing(
         train_ranked(job, bench.policy, size=2, hooks=Kills(), folder=tmp_path, store=MemoryStore())
     assert [child.returncode for child in children] == [-9]
     assert not (tmp_path / "ranks").exists()
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, *, tokens: int) -> list[list[str]]:
+    """Let the other processes run out of memory beyond so many tokens; returns their commands."""
+    commands: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert command[3] == "worker.training.rank_main"
+        small = [sys.executable, "-m", "tests.unit.worker.training.small_rank", str(tokens)]
+        commands.append([*small, *command[4:]])
+        started: subprocess.Popen[bytes] = popen(commands[-1], cwd=ROOT, **options)
+        return started
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return commands
+
+
+def test_a_process_without_memory_ends_the_run_at_once_and_says_what_to_do(
+    bench: Bench,
+    states: ReferenceStates,
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands = limited(monkeypatch, tokens=1)
+    job = job_of(bench, llama_folder, LORA, states, micro_tokens=1)
+    since = time.monotonic()
+    outcome = train_ranked(
+        job, bench.policy, size=2, hooks=Recorder(), folder=tmp_path, store=MemoryStore()
+    )
+    assert outcome.ended_by is EndedBy.OOM
+    assert outcome.message == (
+        "process 1: step 1 ran out of device memory with micro-batches of 1 tokens in each of 2 "
+        "processes; set `micro_batch_tokens` lower"
+    )
+    assert len(commands) == 1, "a pair alone is not tried again"
+    assert time.monotonic() - since < 120, "it was not waited for"
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_smaller_micro_batches_are_tried_from_the_last_point(
+    bench: Bench,
+    states: ReferenceStates,
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = {"learning_rate": 1e-3, "total_steps": 2}
+    expected = alone(bench, states, tmp_path / "one", **plan)
+    weights = bench.weights()
+    longest = max(computed_tokens(pair, bench.policy.form) for pair in bench.pairs)
+    commands = limited(monkeypatch, tokens=longest + 8)
+    job = job_of(bench, llama_folder, LORA, states, micro_tokens=2 * (longest + 8), **plan)
+    hooks = Recorder()
+    outcome = train_ranked(
+        job, bench.policy, size=2, hooks=hooks, folder=tmp_path / "two", store=MemoryStore()
+    )
+    assert (outcome.ended_by, outcome.steps) == (EndedBy.BUDGET, 2), outcome.message
+    assert len(commands) == 2
+    assert_close(hooks.points, expected.points)
+    assert_weights_close(bench.weights(), weights)
+
+
+def test_processes_are_watched_until_the_block_ends() -> None:
+    ended = threading.Event()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        with processes.watched([child], ended=ended.set):
+            assert not ended.wait(0.3)
+            child.kill()
+            assert ended.wait(10), "nobody noticed"
+        ended.clear()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        with processes.watched([child], ended=ended.set):
+            pass
+        child.kill()
+        assert not ended.wait(0.3), "the end of a run is no loss"
 
 
 def test_a_run_is_asked_to_stop_while_the_others_start(
@@ -255,6 +337,11 @@ def test_numbers_of_processes() -> None:
     with pytest.raises(RunAborted, match="nothing to share out") as caught:
         resolve_processes(TrainingSettings(sharding="fsdp2"), cpu)
     assert caught.value.failure is FailureCode.DEPENDENCY_ERROR
+    with pytest.raises(RunAborted, match=r"'cuda:1', one GPU, and .* is 2") as caught:
+        resolve_processes(
+            TrainingSettings(device="cuda:1", num_processes=2), torch.device("cuda:1")
+        )
+    assert caught.value.failure is FailureCode.DEPENDENCY_ERROR
     if not torch.cuda.is_available():
         with pytest.raises(RunAborted, match="sees 0 GPUs"):
             resolve_processes(TrainingSettings(num_processes=2), torch.device("cuda"))
@@ -289,3 +376,14 @@ def test_a_job_comes_back_from_its_files(
     assert back.held_out.states is not None
     for kept in (back.data.reference_states, back.held_out.states):
         assert torch.equal(kept.of(batch), states.of(batch))
+
+
+def test_states_that_the_store_has_dropped_are_handed_over(
+    bench: Bench, llama_folder: Path, tmp_path: Path
+) -> None:
+    kept = stored_states(bench.policy, bench.pairs, tmp_path / "store")
+    kept.path.unlink()
+    job_of(bench, llama_folder, LORA, kept).write(tmp_path / "job", None)
+    back = RankJob.read(tmp_path / "job")[0].data.reference_states
+    assert back is not None
+    assert np.array_equal(back.mapped, kept.mapped)

@@ -1,6 +1,8 @@
 """Final runs: the trial's steps under transformers' Trainer, exact resume, scores on validation."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -406,6 +408,49 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
         curves.append(([v["loss"] for v in hooks.points.values()], saved))
     assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5)
     assert 0 < curves[1][1] < 0.8 * curves[0][1]
+
+
+def test_what_a_run_held_is_given_back(bench: Bench, tmp_path: Path) -> None:
+    store = MemoryStore()
+    run = bench.run(PLAIN, total_steps=2)
+    optimizer = weakref.ref(run.optimizer)
+    gc.disable()
+    try:
+        final(run, tmp_path, hooks=Recorder(), store=store)
+        assert all(p.grad is None for p in bench.policy.adapter().values())
+        del run
+        assert optimizer() is None, "something refers to it still"
+    finally:
+        gc.enable()
+
+
+def test_an_ended_run_is_read_back_without_its_moments(bench: Bench, tmp_path: Path) -> None:
+    store = MemoryStore()
+    final(bench.run(PLAIN, total_steps=2), tmp_path, hooks=Recorder(), store=store)
+    weights = bench.weights()
+    run = bench.run(PLAIN, total_steps=2)
+    assert store.saved is not None
+    assert any(name.endswith("exp_avg") for name in store.saved.tensors)
+    final(run, tmp_path, hooks=Recorder(), store=store)
+    assert_same(bench.weights(), weights)
+    assert not run.optimizer.state
+    run.restore(replace(store.saved, ended=False))
+    assert run.optimizer.state
+
+
+def test_memory_that_ends_in_the_optimizer_is_not_blamed_on_the_pairs(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_device(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("moments")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full_device)
+    outcome = final(bench.run(PLAIN), tmp_path, hooks=Recorder())
+    trial = bench.train(PLAIN, hooks=Recorder())
+    for found in (outcome, trial):
+        assert found.ended_by is EndedBy.OOM
+        assert "optimizer" in found.message
+        assert "pair" not in found.message
 
 
 def test_four_bits_are_refused_where_they_cannot_be_had(llama_folder: Path) -> None:
