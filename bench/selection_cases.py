@@ -240,8 +240,11 @@ def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> Open
     if found.states is None or held_out.states is None:
         raise RuntimeError(f"the states of {source} pass {_STATES_BYTES} bytes; take fewer pairs")
     plan = resolve_plan(
-        TrainSpec(max_steps=BUDGET["steps"], n_epochs=50, batch_size=BUDGET["batch_size"]),
-        num_pairs=len(pairs), hidden_size=policy.hidden_size, seed=seed, schedule="constant",
+        TrainSpec(
+            max_steps=BUDGET["steps"], n_epochs=50, batch_size=BUDGET["batch_size"],
+            schedule="constant",
+        ),
+        num_pairs=len(pairs), hidden_size=policy.hidden_size, seed=seed,
     )  # fmt: skip
     return OpenCase(
         policy=policy, seed=seed,
