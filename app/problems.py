@@ -17,7 +17,15 @@ EXPLANATIONS = {
     "checkpoint_corrupt": "A file of the checkpoint is not the one that was published.",
     "checkpoint_not_adapter": "Only an adapter can be merged into its base model.",
     "conflict": "The object is in a state that does not allow this request.",
+    "corrupt_arrow": "The Arrow file is damaged or cut off. Write it again.",
+    "corrupt_arrow_stream": "The Arrow stream is damaged or cut off. Write it again.",
     "corrupt_gzip": "The gzip stream is damaged. Compress the file again.",
+    "corrupt_json": "The JSON of the file is damaged: there is text behind its end.",
+    "corrupt_parquet": "The Parquet file is damaged or cut off. Write it again.",
+    "corrupt_tar": "The tar archive is damaged, or packed in a way that is not read.",
+    "corrupt_xz": "The xz stream is damaged. Compress the file again.",
+    "corrupt_zip": "The zip archive is damaged, or packed in a way that is not read.",
+    "corrupt_zstd": "The zstd stream is damaged. Compress the file again.",
     "dataset_invalid": "Too few rows of the dataset can become preference pairs; its report lists "
     "the faults with their lines.",
     "dataset_not_ready": "The dataset is still being validated, or was found invalid.",
@@ -25,6 +33,7 @@ EXPLANATIONS = {
     "dependency_error": "Something that the job needs (the hub, the database) did not answer.",
     "disk_full": "The disk of the server has no room left.",
     "empty_file": "The file has no rows.",
+    "encrypted_archive": "A file in the archive is encrypted. Pack it again without a password.",
     "file_too_large": "The file is larger than this server takes.",
     "http_error": "The request does not follow HTTP; the detail says how.",
     "internal": "kdpo failed in a way that it should not. The server's log has the reason.",
@@ -47,15 +56,28 @@ EXPLANATIONS = {
     "model_not_safetensors": "The model has no safetensors files; pickles are not read.",
     "model_unreachable": "The hub does not answer, and the model is not in the local cache.",
     "not_found": "There is no such path or object, or it belongs to somebody else.",
+    "option_ignored": "An option has no meaning for the layout of the file and would be ignored. "
+    "Drop it.",
     "range_not_satisfiable": "The range begins behind the end of the file.",
+    "recommendation_not_ready": "The recommendation has no final answer yet, or ended without one.",
     "too_few_pairs": "The dataset has too few distinct preference pairs.",
     "too_few_prompts": "The dataset has too few distinct prompts.",
     "too_large": "The request is larger than this server takes.",
+    "too_many_comparisons": "One prompt has so many answers that comparing all of them is "
+    "refused; choose another `pairing`.",
+    "too_many_members": "The archive holds more files than this server takes.",
     "too_many_rows": "The file has more rows than this server takes.",
     "truncated_gzip": "The gzip stream was cut off. Upload the whole file again.",
+    "truncated_json": "The JSON of the file was cut off. Upload the whole file again.",
+    "truncated_xz": "The xz stream was cut off. Upload the whole file again.",
+    "truncated_zstd": "The zstd stream was cut off. Upload the whole file again.",
     "unavailable": "A service that kdpo needs does not answer. Try again shortly.",
     "unknown_parameter": "The endpoint does not know this parameter and would ignore it.",
+    "unsafe_archive": "The archive holds a link, or a name that leads out of it.",
     "unsupported_media_type": "kdpo does not read this type of content.",
+    "unusable_layout": "The rows of the file do not have the fields of the layout that was named.",
+    "unusable_mapping": "`column_mapping` names columns that the file lacks, or fields that no "
+    "layout has.",
 }
 
 

@@ -164,7 +164,13 @@ def test_a_database_on_the_same_disk_is_written_as_soon_as_it_has_room(
 # ------------------------------------------------------------------ training
 
 LARGEST_FILE = 3_000_000  # a resume point of rank 256 is larger, its adapter and the database not
-METHOD = {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 25, "lora_r": 256}}}
+STEPS = 80
+METHOD = {
+    "type": "dpo",
+    "dpo": {
+        "hyperparameters": {"n_epochs": 50, "max_steps": STEPS, "lora_r": 256, "batch_size": 2}
+    },
+}
 
 
 @pytest.fixture
@@ -230,7 +236,7 @@ def test_training_ends_with_the_weights_of_an_undisturbed_run(world: TrainingWor
     assert "File too large" in job.error["message"]
     kept = points(world, job_id)
     assert kept, "the points before the full disk stay"
-    assert max(kept) < 25
+    assert max(kept) < STEPS
     folder = world.settings.artifact_dir / "jobs" / job_id / "a1"
     assert not list(folder.rglob(".tmp-*")), "half a resume point is not left behind"
 
