@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from core.errors import FailureCode
 from core.lifecycle import AttemptOutcome, Attention, DatasetStatus, EventType, JobStatus
@@ -20,7 +19,7 @@ from models.job import Job
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
-from tests.integration.training_world import TrainingWorld, make_world, micro_llama
+from tests.integration.training_world import TrainingWorld, micro_llama, running_world
 from tests.integration.workers import Stack, pairs, run_stack, wait_for
 from worker.jobs import fine_tune
 from worker.supervisor import Supervisor
@@ -177,9 +176,6 @@ METHOD = {
 def world(
     tmp_path: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TrainingWorld]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = make_world(tmp_path, url=sqlite_url, model=micro_llama(tmp_path / "model"), pairs=80)
     for name, value in (
         ("KDPO_DATA_DIR", str(tmp_path)),
         ("KDPO_DB__URL", sqlite_url),
@@ -189,9 +185,9 @@ def world(
         ("OMP_NUM_THREADS", "1"),
     ):
         monkeypatch.setenv(name, value)
-    yield made
-    made.database.dispose()
-    torch.set_num_threads(threads)
+    model = micro_llama(tmp_path / "model")
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=80) as made:
+        yield made
 
 
 def points(world: TrainingWorld, job_id: str) -> list[int]:

@@ -20,7 +20,7 @@ from models.experiment import Checkpoint
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.paging import PageQuery
-from tests.integration.training_world import StopAfter, TrainingWorld, make_world, micro_llama
+from tests.integration.training_world import StopAfter, TrainingWorld, micro_llama, running_world
 from worker.context import Preempted
 from worker.jobs import export, fine_tune
 from worker.training.export import MANIFEST
@@ -48,14 +48,6 @@ FULL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro_llama(tmp_path_factory.mktemp("models") / "micro")
@@ -63,9 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path, sqlite_url: str, model: Path) -> Iterator[TrainingWorld]:
-    world = make_world(tmp_path, url=sqlite_url, model=model, pairs=80)
-    yield world
-    world.database.dispose()
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=80) as made:
+        yield made
 
 
 def checkpoints(world: TrainingWorld, job_id: str) -> dict[str, Checkpoint]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 import pytest
-import torch
 
 from core.lifecycle import EndedBy, EventType, JobKind, JobStatus, TrialStatus
 from core.profile import Recommendation
@@ -18,21 +17,13 @@ from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
-from tests.integration.training_world import TrainingWorld, make_world, micro_llama
+from tests.integration.training_world import TrainingWorld, micro_llama, running_world
 from worker.context import Preempted
 from worker.jobs import fine_tune, recommend
 from worker.training.store import MANIFEST
 
 PAIRS = 60
 EARLY, ABOVE, MOST = 8, 20, 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +36,8 @@ def _large_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def world(tmp_path: Path, sqlite_url: str) -> Iterator[TrainingWorld]:
     model = micro_llama(tmp_path / "model")
-    world = make_world(tmp_path, url=sqlite_url, model=model, pairs=PAIRS)
-    yield world
-    world.database.dispose()
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=PAIRS) as made:
+        yield made
 
 
 class StopOnceStored(threading.Event):

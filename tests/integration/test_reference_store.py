@@ -6,30 +6,20 @@ from typing import Any
 
 import orjson
 import pytest
-import torch
 
 from core.lifecycle import JobKind
-from tests.integration.training_world import TrainingWorld, make_world, micro_llama
+from tests.integration.training_world import TrainingWorld, micro_llama, running_world
 from worker.jobs import fine_tune, recommend
 from worker.training.store import MANIFEST
 
 PAIRS = 60
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def world(tmp_path: Path, sqlite_url: str) -> Iterator[TrainingWorld]:
     model = micro_llama(tmp_path / "model")
-    world = make_world(tmp_path, url=sqlite_url, model=model, pairs=PAIRS)
-    yield world
-    world.database.dispose()
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=PAIRS) as made:
+        yield made
 
 
 def entries(world: TrainingWorld) -> dict[str, tuple[int, bool]]:

@@ -12,7 +12,7 @@ from core.results import TrainingResult
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
-from tests.integration.training_world import TrainingWorld, make_world, micro_llama
+from tests.integration.training_world import TrainingWorld, micro_llama, running_world
 from worker.jobs import fine_tune
 from worker.jobs.scopes import ScopeHooks
 from worker.jobs.workbench import Workbench
@@ -29,12 +29,9 @@ AUTO: dict[str, Any] = {
 
 @pytest.fixture
 def world(tmp_path: Path, sqlite_url: str) -> Iterator[TrainingWorld]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = make_world(tmp_path, url=sqlite_url, model=micro_llama(tmp_path / "model"), pairs=80)
-    yield made
-    made.database.dispose()
-    torch.set_num_threads(before)
+    model = micro_llama(tmp_path / "model")
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=80) as made:
+        yield made
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *, scope: str, after_step: int) -> None:

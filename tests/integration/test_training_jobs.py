@@ -31,8 +31,8 @@ from tests.integration.training_world import (
     StopAfter,
     TrainingWorld,
     canonical_bytes,
-    make_world,
     micro_llama,
+    running_world,
 )
 from worker.context import JobContext, Preempted
 from worker.jobs import export, fine_tune, recommend
@@ -54,14 +54,6 @@ AUTO: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro_llama(tmp_path_factory.mktemp("models") / "micro")
@@ -69,9 +61,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path, sqlite_url: str, model: Path) -> Iterator[TrainingWorld]:
-    world = make_world(tmp_path, url=sqlite_url, model=model, pairs=80)
-    yield world
-    world.database.dispose()
+    with running_world(tmp_path, url=sqlite_url, model=model, pairs=80) as made:
+        yield made
 
 
 def outcome_of(world: TrainingWorld, job_id: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -122,11 +113,10 @@ def uninterrupted(
 ) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("uninterrupted")
     (root / "kdpo.db").write_bytes(_sqlite_template.read_bytes())
-    world = make_world(root, url=f"sqlite:///{root / 'kdpo.db'}", model=model, pairs=80)
-    job_id = world.fine_tune(AUTO)
-    result = outcome_of(world, job_id, world.attempt(fine_tune.run))
-    world.database.dispose()
-    return result
+    url = f"sqlite:///{root / 'kdpo.db'}"
+    with running_world(root, url=url, model=model, pairs=80) as world:
+        job_id = world.fine_tune(AUTO)
+        return outcome_of(world, job_id, world.attempt(fine_tune.run))
 
 
 def test_auto_ends_with_evidence(uninterrupted: dict[str, Any]) -> None:

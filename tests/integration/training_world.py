@@ -2,7 +2,8 @@
 
 import gzip
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,19 @@ class TrainingWorld:
                 claim.fence, JobStatus.SUCCEEDED, result=result, message="done"
             )
         return result
+
+
+@contextmanager
+def running_world(root: Path, *, url: str, model: Path, pairs: int) -> Iterator[TrainingWorld]:
+    """A world on one thread, on whose number results depend; its database is closed at the end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = make_world(root, url=url, model=model, pairs=pairs)
+    try:
+        yield made
+    finally:
+        made.database.dispose()
+        torch.set_num_threads(threads)
 
 
 def make_world(root: Path, *, url: str, model: Path, pairs: int) -> TrainingWorld:
