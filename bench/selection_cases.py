@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from selection.profile import profile_dataset
 from selection.recommender import recommend
 from worker.ingest.canonical import Split, read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME, ingest
-from worker.training.evaluate import measure, pair_groups, trial_score
+from worker.training.evaluate import TrialScore, measure, pair_groups, trial_score
 from worker.training.loop import train
 from worker.training.model import Policy
 from worker.training.resolve import TrainPlan, resolve_plan
@@ -43,6 +43,8 @@ BUDGET: dict[str, Any] = {
     "beta": BETA, "gamma": GAMMA, "alpha": ALPHA,
 }  # fmt: skip
 """What every run has; rows of another budget are not looked at."""
+RUNGS = (3, 8)
+"""Steps after which a run is scored on its way."""
 SHUFFLED_PAIRS = 400
 _STATES_BYTES = 1 << 32
 _KERNEL: TypeAdapter[KernelTerm] = TypeAdapter(KernelTerm)
@@ -98,18 +100,28 @@ def _hash_of(patterns: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Quiet:
-    """Hooks of a run that nobody watches and nobody stops."""
+class _Rungs:
+    """Hooks of a run that nobody stops; it is scored at its rungs."""
+
+    def __init__(self, score: Callable[[], TrialScore | None]) -> None:
+        self._score = score
+        self.found: dict[str, dict[str, float]] = {}
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
-    def stepped(self, step: int, total: int) -> None: ...
+    def stepped(self, step: int, total: int) -> None:
+        if step in RUNGS and (score := self._score()) is not None:
+            self.found[str(step)] = _figures(score)
 
     def stopping(self) -> bool:
         return False
 
     def raise_if_stopped(self) -> None:
         raise AssertionError("never asked to stop")
+
+
+def _figures(score: TrialScore) -> dict[str, float]:
+    return {"log_loss": score.log_loss, "accuracy": score.accuracy, "drift": score.drift}
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,7 @@ class OpenCase:
     geometry: Geometry
     plan: TrainPlan
     features: ReferenceFeatures
+    validation_features: ReferenceFeatures
     about: dict[str, Any]
 
     def profile(self) -> DatasetProfile:
@@ -136,28 +149,29 @@ class OpenCase:
         A run that meets NaN has no losses; `ended_by` says so.
         """
         started = time.perf_counter()
+        rungs = _Rungs(self.score)
         outcome = train(
             self.policy,
             build_objective(objective, geometry=self.geometry, head=self.policy.head.weight),
-            self.data, plan=self.plan, weights_learning_rate=0.0, hooks=_Quiet(),
+            self.data, plan=self.plan, weights_learning_rate=0.0, hooks=rungs,
         )  # fmt: skip
         row: dict[str, Any] = {"ended_by": outcome.ended_by.value, "losses": None}
         if outcome.ended_by is EndedBy.BUDGET:
-            measured = measure(
-                self.policy, self.validation, reference=self.validation_states,
-                progress=lambda done, total: None,
-            )  # fmt: skip
-            if measured.is_finite:
-                score = trial_score(measured)
-                row |= {
-                    "losses": [round(float(loss), 5) for loss in score.losses],
-                    "log_loss": score.log_loss,
-                    "accuracy": score.accuracy,
-                    "drift": score.drift,
-                }
-            else:
+            score = self.score()
+            if score is None:
                 row["ended_by"] = EndedBy.NAN.value
-        return {**row, "train_s": outcome.seconds, "seconds": time.perf_counter() - started}
+            else:
+                row["losses"] = [round(float(loss), 5) for loss in score.losses]
+                row |= _figures(score)
+        return {**row, "rungs": rungs.found, "seconds": time.perf_counter() - started}
+
+    def score(self) -> TrialScore | None:
+        """The policy as it stands, on validation; None where it gives no finite numbers."""
+        measured = measure(
+            self.policy, self.validation, reference=self.validation_states,
+            progress=lambda done, total: None,
+        )  # fmt: skip
+        return trial_score(measured) if measured.is_finite else None
 
     def shuffles(self, number: int) -> dict[str, int]:
         """How often the recommender claims something when labels are drawn by lot (`claims`)."""
@@ -207,7 +221,15 @@ def by_lot(features: ReferenceFeatures, generator: torch.Generator) -> Reference
     )  # fmt: skip
 
 
-def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> OpenCase:
+def open_case(
+    policy: Policy,
+    source: Path,
+    *,
+    seed: int,
+    scratch: Path,
+    steps: int = BUDGET["steps"],
+    validation_pairs: int = VALIDATION_PAIRS,
+) -> OpenCase:
     """Read a file, split it by the seed, and run the reference over it once.
 
     Raises:
@@ -229,7 +251,7 @@ def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> Open
         for name in (Split.TRAIN, Split.VALIDATION)
     }  # fmt: skip
     pairs = split[Split.TRAIN].pairs
-    validation = split[Split.VALIDATION].pairs[:VALIDATION_PAIRS]
+    validation = split[Split.VALIDATION].pairs[:validation_pairs]
     store = ReferenceStore(
         scratch / "reference", max_bytes=2 * _STATES_BYTES, states_bytes=_STATES_BYTES
     )
@@ -241,7 +263,7 @@ def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> Open
         raise RuntimeError(f"the states of {source} pass {_STATES_BYTES} bytes; take fewer pairs")
     plan = resolve_plan(
         TrainSpec(
-            max_steps=BUDGET["steps"], n_epochs=50, batch_size=BUDGET["batch_size"],
+            max_steps=steps, n_epochs=50, batch_size=BUDGET["batch_size"],
             schedule="constant",
         ),
         num_pairs=len(pairs), hidden_size=policy.hidden_size, seed=seed,
@@ -255,6 +277,7 @@ def open_case(policy: Policy, source: Path, *, seed: int, scratch: Path) -> Open
         validation=validation, validation_states=held_out.states,
         geometry=fit_geometry(found.table.embeddings, seed=seed), plan=plan,
         features=found.table.features(pairs),
+        validation_features=held_out.table.features(validation),
         about={
             "plan": plan.as_dict(), "train_pairs": len(pairs),
             "tokens_a_pair": math.fsum(p.length for p in pairs) / len(pairs),

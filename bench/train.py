@@ -40,7 +40,7 @@ CONTENDERS = {
     "trl precomputed": ("bench.train_trl", "speed_precomputed"),
 }
 STUDIES = {"kdpo": ("bench.train_ours", "trials"), "optuna + trl": ("bench.train_trl", "trials")}
-FULL = {"tiny-lm": (3, 13), "llama-32m": (2, 10)}
+FULL = {"tiny-lm": (3, 13), "llama-32m": (1, 10)}
 """Rounds, and steps in each."""
 SHORT_STEPS = {
     ("tiny-lm", "hh-harmless"): 5,

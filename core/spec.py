@@ -172,10 +172,13 @@ class HellingerSpec(SpecModel):
 
 
 class RenyiSpec(SpecModel):
-    """D = log sum p^a q^(1-a) / (a-1); link g = (exp((a-1) rho) - 1) / (a-1)."""
+    """D = log sum p^a q^(1-a) / (a-1); link g = (exp((a-1) rho) - 1) / (a-1).
+
+    At order 1/2 it is bhattacharyya up to scale, near 1 it is kl; at 2 it is log(1 + chi^2).
+    """
 
     type: Literal["renyi"] = "renyi"
-    order: float = Field(default=0.5, gt=0.0, le=4.0, description="a; not 1, which is kl")
+    order: float = Field(default=2.0, gt=0.0, le=4.0, description="a; not 1, which is kl")
 
     @model_validator(mode="after")
     def _not_one(self) -> Self:

@@ -91,6 +91,7 @@ _DEFAULTS: Params = {
     "f_penalty": "forward_kl",
     "f_link": "forward_kl",
     "order": 0.5,
+    "renyi_order": 2.0,
 }
 
 
@@ -123,6 +124,7 @@ class SearchSpace:
             "f_penalty": CategoricalDistribution(F_PENALTY),
             "f_link": CategoricalDistribution(F_LINK),
             "order": FloatDistribution(0.1, 0.9),
+            "renyi_order": FloatDistribution(1.1, 4.0, log=True),
         }
 
     def params_of(self, candidate: CandidateSpec) -> Params:
@@ -144,7 +146,8 @@ class SearchSpace:
             raise InvalidInput(
                 f"candidate {candidate.objective.label!r} sets something that the search does not "
                 "vary (label smoothing, kernel mode, embedding, landmarks, HMK learning rate or "
-                "entropy, Wasserstein directions, kl link, orders above 0.9)",
+                "entropy, Wasserstein directions, kl link, orders of alpha outside [0.1, 0.9], "
+                "of renyi outside [1.1, 4])",
                 hint="leave those at their defaults in candidates of a search",
             )
         return params
@@ -273,7 +276,7 @@ def _divergence_params(term: PenaltyTerm | LinkTerm | None) -> Params:
         params["alpha"] = term.alpha
     match term.divergence:
         case RenyiSpec(order=order):
-            params["order"] = order
+            params["renyi_order"] = order
         case FDivergenceSpec(f=f):
             params[f"f_{term.mode}"] = f.type
             if isinstance(f, FAlpha):
@@ -287,8 +290,8 @@ def _divergence_term_of(params: Mapping[str, ParamValue]) -> PenaltyTerm | LinkT
     if params["divergence"] == OFF:
         return None
     name, mode = str(params["divergence"]).split(":")
-    order = float(params["order"])
-    f = _f_of(str(params[f"f_{mode}"]), order=order)
+    f = _f_of(str(params[f"f_{mode}"]), order=float(params["order"]))
+    order = float(params["renyi_order"])
     divergence = _divergence_named(DivergenceName(name), order=order, f=f)
     if mode == "link":
         return LinkTerm(divergence=divergence)

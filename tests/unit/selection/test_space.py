@@ -91,7 +91,8 @@ def test_no_parameter_is_a_constant_and_strengths_are_searched_over_decades():
 
 def test_unused_parameters_do_not_change_the_candidate():
     base = SPACE.params_of(CandidateSpec(objective=ObjectiveSpec(), learning_rate=2e-3))
-    changed = {**base, "gamma": 0.7, "alpha": 9.0, "order": 0.2, "hmk_rbf": 0.9, "f_link": "alpha"}
+    changed = {**base, "gamma": 0.7, "alpha": 9.0, "hmk_rbf": 0.9, "f_link": "alpha"}
+    changed |= {"order": 0.2, "renyi_order": 3.0}
     assert SPACE.candidate_of(changed) == SPACE.candidate_of(base)
 
 
@@ -119,7 +120,7 @@ def objective(**terms) -> CandidateSpec:
         ),
         (objective(kernel_term=KernelTerm(kernel=RbfKernelSpec(), gamma=5.0)), "gamma"),
         (objective(divergence_term=LinkTerm(divergence="kl")), "kl:link"),
-        (objective(divergence_term=PenaltyTerm(divergence=RenyiSpec(order=2.0))), "order"),
+        (objective(divergence_term=PenaltyTerm(divergence=RenyiSpec(order=0.5))), "renyi_order"),
         (
             objective(
                 divergence_term=PenaltyTerm(divergence=FDivergenceSpec(f=FAlpha(order=0.05)))
