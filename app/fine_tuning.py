@@ -132,7 +132,7 @@ def queue_fine_tuning(
         DatasetRepository(session).get_usable(owner_id, body.dataset_id)
     spec = _job_spec(body, settings, accepted)
     with database.transaction() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
+        DatasetRepository(session).get_usable(owner_id, body.dataset_id, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
             kind=JobKind.TRAINING,

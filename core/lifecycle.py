@@ -82,6 +82,7 @@ class DatasetStatus(StrEnum):
     READY_WITH_WARNINGS = "ready_with_warnings"
     INVALID = "invalid"
     CHECKED = "checked"  # read in a dry run: a report and no pairs
+    DELETED = "deleted"  # kept for the jobs that name it; nobody is shown it
 
     @property
     def is_usable(self) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from core.lifecycle import DatasetStatus
 from core.settings import Settings
 from models.repositories.leftovers import MAX_IDS, LeftoverRepository
 from models.session import Database
@@ -39,13 +38,14 @@ class Cleanup:
         self._clean_jobs: set[str] = set()
 
     def run(self) -> None:
-        """Remove used uploads, attempts of ended jobs and forgotten temporary files.
+        """Remove what deleted datasets leave, attempts of ended jobs, forgotten temporary files.
 
         Raises:
             Unavailable: the database does not answer.
             StorageFull: the disk has no room for the lock of what a dead process has left.
         """
         self._clean_uploads()
+        self._clean_datasets()
         self._clean_attempts()
         for folder in ("datasets", "datasets/*"):
             for path in self._artifacts.glob(f"{folder}/.*"):
@@ -54,15 +54,24 @@ class Cleanup:
         self._references.remove_leftovers()
 
     def _clean_uploads(self) -> None:
-        """Remove uploads whose dataset is examined, and old ones that no dataset names."""
+        """Remove uploads whose versions are all deleted, and old ones that no dataset names."""
         files = [path for path in _entries(self._uploads) if path.is_file()]
         for some in _chunks(files):
             with self._database.reading() as session:
-                statuses = LeftoverRepository(session).dataset_statuses([p.name for p in some])
+                named = LeftoverRepository(session).uploads([path.name for path in some])
             for path in some:
-                status = statuses.get(path.name)
-                used = status is not None and status is not DatasetStatus.VALIDATING
-                if used or (status is None and _is_stale(path)):
+                forgotten = path.name not in named and _is_stale(path)
+                if forgotten or named.get(path.name) is False:
+                    _try_to_remove(path)
+
+    def _clean_datasets(self) -> None:
+        """Remove the rows of deleted datasets; a deleted one never comes back."""
+        folders = [path for path in _entries(self._artifacts / "datasets") if path.is_dir()]
+        for some in _chunks(folders):
+            with self._database.reading() as session:
+                deleted = LeftoverRepository(session).deleted_datasets([p.name for p in some])
+            for path in some:
+                if path.name in deleted:
                     _try_to_remove(path)
 
     def _clean_attempts(self) -> None:

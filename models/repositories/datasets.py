@@ -1,15 +1,22 @@
 """Datasets."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from core.errors import Conflict, NotFound
-from core.lifecycle import DatasetStatus
+from core.errors import Category, Conflict, NotFound
+from core.lifecycle import DatasetStatus, JobStatus
+from core.run_spec import DatasetPolicy
 from models.dataset import Dataset
+from models.job import Job
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
+
+_ENDED = [status for status in JobStatus if status.is_terminal]
+# What the bytes and the policy decide; anything else may pass when it is tried again.
+_FOR_GOOD = frozenset({Category.INVALID.value, Category.UNSUPPORTED_MEDIA.value})
 
 
 class DatasetRepository:
@@ -29,9 +36,12 @@ class DatasetRepository:
         sha256: str,
         policy: dict[str, Any],
     ) -> Dataset:
-        """Insert a dataset that is still to be validated."""
+        """Insert version 1 of an upload, which lies under the dataset's id; it is not read yet."""
         dataset = Dataset(
             id=dataset_id,
+            upload_id=dataset_id,
+            version=1,
+            parent_id=None,
             owner_id=owner_id,
             job_id=job_id,
             name=name,
@@ -44,33 +54,120 @@ class DatasetRepository:
         self._session.flush()
         return dataset
 
-    def get(self, owner_id: str, dataset_id: str) -> Dataset:
-        """Return the owner's dataset.
+    def add_version(
+        self, parent: Dataset, *, dataset_id: str, job_id: str, name: str, policy: dict[str, Any]
+    ) -> Dataset:
+        """Insert another reading of the parent's upload; its bytes are shared.
+
+        Call `lock_versions` first: two callers must not count the same number.
+        """
+        newest = select(func.max(Dataset.version)).where(Dataset.upload_id == parent.upload_id)
+        dataset = Dataset(
+            id=dataset_id,
+            upload_id=parent.upload_id,
+            version=self._session.execute(newest).scalar_one() + 1,
+            parent_id=parent.id,
+            owner_id=parent.owner_id,
+            job_id=job_id,
+            name=name,
+            status=DatasetStatus.VALIDATING,
+            bytes=parent.bytes,
+            sha256=parent.sha256,
+            policy=policy,
+        )
+        self._session.add(dataset)
+        self._session.flush()
+        return dataset
+
+    def lock_versions(self, owner_id: str, dataset_id: str) -> Dataset:
+        """Return the owner's dataset; its upload gets no other version in this transaction.
 
         Raises:
             NotFound: no such dataset, or somebody else's.
         """
-        dataset = self._session.get(Dataset, dataset_id)
-        if dataset is None or dataset.owner_id != owner_id:
+        dataset = self.get(owner_id, dataset_id)
+        self._session.get(Dataset, dataset.upload_id, with_for_update=True, populate_existing=True)
+        # After the lock: it may have been deleted meanwhile, and its upload with it.
+        return self.get(owner_id, dataset_id, lock=True)
+
+    def version_with(self, dataset: Dataset, policy: DatasetPolicy) -> Dataset | None:
+        """Return the version of the dataset's upload that has this policy.
+
+        One whose reading ended for another reason than its data is none: reading again may help.
+        """
+        versions = select(Dataset).where(
+            Dataset.upload_id == dataset.upload_id, Dataset.status != DatasetStatus.DELETED
+        )
+        for row in self._session.execute(versions.order_by(Dataset.version)).scalars():
+            failed = row.status is DatasetStatus.INVALID and row.failure is not None
+            if failed and (row.failure or {}).get("category") not in _FOR_GOOD:
+                continue
+            if DatasetPolicy.model_validate(row.policy) == policy:
+                return row
+        return None
+
+    def delete(self, owner_id: str, dataset_id: str) -> None:
+        """Forget a dataset: nobody is shown it, and the cleanup removes its files.
+
+        Its row stays for the jobs that name it. The upload stays as long as a version has it.
+
+        Raises:
+            NotFound: no such dataset, or somebody else's.
+            Conflict: a job that has not ended names it.
+        """
+        self._session.get(Dataset, dataset_id, with_for_update=True, populate_existing=True)
+        dataset = self.get(owner_id, dataset_id)
+        using = select(Job.id).where(Job.dataset_id == dataset_id, Job.status.not_in(_ENDED))
+        job_id = self._session.execute(using.order_by(Job.id).limit(1)).scalar_one_or_none()
+        if job_id is not None:
+            raise Conflict(
+                f"dataset {dataset_id} is in use: job {job_id} has not ended",
+                code="dataset_in_use",
+                param="dataset_id",
+                hint=f"wait for it, or POST /v1/jobs/{job_id}/cancel",
+            )
+        dataset.status = DatasetStatus.DELETED
+        dataset.report = dataset.failure = None
+        dataset.files = []
+        self._session.flush()
+
+    def get(self, owner_id: str, dataset_id: str, *, lock: bool = False) -> Dataset:
+        """Return the owner's dataset; `lock` keeps it from being deleted in this transaction.
+
+        Raises:
+            NotFound: no such dataset, or somebody else's, or a deleted one.
+        """
+        dataset = (
+            self._session.get(
+                Dataset, dataset_id, with_for_update={"read": True}, populate_existing=True
+            )
+            if lock
+            else self._session.get(Dataset, dataset_id)
+        )
+        if (
+            dataset is None
+            or dataset.owner_id != owner_id
+            or dataset.status is DatasetStatus.DELETED
+        ):
             raise NotFound(
                 f"no dataset {dataset_id!r}", hint="POST /v1/datasets makes one", param="dataset_id"
             )
         return dataset
 
-    def get_usable(self, owner_id: str, dataset_id: str) -> Dataset:
-        """Return the owner's dataset if jobs can be made from it.
+    def get_usable(self, owner_id: str, dataset_id: str, *, lock: bool = False) -> Dataset:
+        """Return the owner's dataset if jobs can be made from it; `lock` as in `get`.
 
         Raises:
             NotFound: no such dataset.
             Conflict: it is still being validated, it is invalid, or it was a dry run.
         """
-        dataset = self.get(owner_id, dataset_id)
+        dataset = self.get(owner_id, dataset_id, lock=lock)
         if not dataset.status.is_usable:
             raise Conflict(
                 f"dataset {dataset_id} is {dataset.status.value}, expected ready",
                 code="dataset_not_ready",
                 param="dataset_id",
-                hint="upload the file again without dry_run"
+                hint=f"POST /v1/datasets/{dataset_id}/versions without dry_run"
                 if dataset.status is DatasetStatus.CHECKED
                 else f"read GET /v1/datasets/{dataset_id}/report",
                 retryable=dataset.status is DatasetStatus.VALIDATING,
@@ -78,8 +175,17 @@ class DatasetRepository:
         return dataset
 
     def page(self, owner_id: str, query: PageQuery) -> Page[Dataset]:
-        """Return one page of the owner's datasets."""
-        statement = select(Dataset).where(Dataset.owner_id == owner_id)
+        """Return one page of the owner's datasets, each version a dataset of its own."""
+        return fetch_page(self._session, _shown_to(owner_id), Dataset.id, query)
+
+    def version_page(self, owner_id: str, dataset_id: str, query: PageQuery) -> Page[Dataset]:
+        """Return one page of the versions of a dataset's upload, that dataset among them.
+
+        Raises:
+            NotFound: no such dataset, or somebody else's.
+        """
+        upload_id = self.get(owner_id, dataset_id).upload_id
+        statement = _shown_to(owner_id).where(Dataset.upload_id == upload_id)
         return fetch_page(self._session, statement, Dataset.id, query)
 
     def load(self, dataset_id: str) -> Dataset:
@@ -95,14 +201,22 @@ class DatasetRepository:
         counts: dict[str, Any],
         canonical_sha256: str | None,
         failure: dict[str, Any] | None,
+        files: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Store what validation found."""
+        """Store what validation found, and the files that it has published."""
         dataset = self._session.get_one(Dataset, dataset_id)
         dataset.status = status
         dataset.report = report
         dataset.counts = counts
         dataset.canonical_sha256 = canonical_sha256
         dataset.failure = failure
+        dataset.files = list(files)
         if status.is_usable:
             dataset.ready_at = db_now()
         self._session.flush()
+
+
+def _shown_to(owner_id: str) -> Select[Dataset]:
+    return select(Dataset).where(
+        Dataset.owner_id == owner_id, Dataset.status != DatasetStatus.DELETED
+    )

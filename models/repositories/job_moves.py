@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from core.errors import Category, LeaseLost
+from core.errors import Category, FailureCode, LeaseLost
 from core.lifecycle import (
     JOB_TRANSITIONS,
     AttemptOutcome,
@@ -196,8 +196,13 @@ class JobMoves:
         level = "error" if status is JobStatus.FAILED else "info"
         self._event_status(job_id, status, message, level=level)
         append_event(self._session, job_id, EventType.DONE, "No more events.")
-        if status is JobStatus.SUCCEEDED:
-            return
+        if status is not JobStatus.SUCCEEDED:
+            self._give_up_dataset(job_id, status, message, error=error)
+        self._release_waiting(job_id)
+
+    def _give_up_dataset(
+        self, job_id: str, status: JobStatus, message: str, *, error: dict[str, Any] | None
+    ) -> None:
         reason = error or {"code": status.value, "message": message, "hint": "upload it again"}
         failure: dict[str, Any] = {
             "category": Category.RUN_ABORTED.value,
@@ -215,6 +220,33 @@ class JobMoves:
             .execution_options(synchronize_session=False)
         )
 
+    def _release_waiting(self, validation_id: str) -> None:
+        """Queue the jobs that waited for the dataset of a validation, or fail them with it."""
+        settled = (
+            select(
+                Job.id, Job.queue, Dataset.id.label("dataset_id"), Dataset.status, Dataset.failure
+            )
+            .join(Dataset, Dataset.id == Job.dataset_id)
+            .where(
+                Dataset.job_id == validation_id,
+                Dataset.status != DatasetStatus.VALIDATING,
+                Job.status == JobStatus.VALIDATING_FILES,
+            )
+        )
+        for row in self._session.execute(settled).all():
+            waits = (JobStatus.VALIDATING_FILES,)
+            if row.status.is_usable:
+                moved = self._move(
+                    row.id, waits, JobStatus.QUEUED, queued_at=db_now(), run_after=db_now()
+                )
+                if moved:
+                    self._event_status(row.id, JobStatus.QUEUED, "The data are valid: queued.")
+                    self._owe_wake(row.queue, row.id)
+                continue
+            error = _unusable(row.dataset_id, row.status, row.failure or {})
+            if self._move(row.id, waits, JobStatus.FAILED, error=error, finished_at=db_now()):
+                self._ended(row.id, JobStatus.FAILED, error["message"], error=error)
+
     def _event_status(
         self, job_id: str, status: JobStatus, message: str, *, level: str = "info"
     ) -> None:
@@ -229,3 +261,28 @@ class JobMoves:
 
 def _lost(fence: Fence) -> LeaseLost:
     return LeaseLost(f"attempt {fence.attempt} no longer owns job {fence.job_id}")
+
+
+def _unusable(dataset_id: str, status: DatasetStatus, failure: dict[str, Any]) -> dict[str, Any]:
+    """Return the error of a job whose dataset turned out to be of no use."""
+    return {
+        "code": failure.get("code") or "dataset_not_ready",
+        "message": failure.get("message") or f"dataset {dataset_id} is {status.value}",
+        "hint": f"read GET /v1/datasets/{dataset_id}/report",
+        "param": failure.get("param"),
+        "retryable": False,
+        "errors": failure.get("errors") or [],
+    }
+
+
+def worker_lost(fence: Fence, message: str) -> dict[str, Any]:
+    """Return the error of a job whose attempt died without a word."""
+    return {
+        "code": FailureCode.WORKER_LOST.value,
+        "message": f"attempt {fence.attempt}: {message}",
+        "hint": "the log of the attempt may say why; a machine out of memory is the usual cause",
+        "retryable": True,
+        "phase": None,
+        "attempt": fence.attempt,
+        "errors": [],
+    }

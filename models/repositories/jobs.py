@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Select, func, or_, select, update
 
-from core.errors import Conflict, FailureCode, LeaseLost, NotFound
+from core.errors import Conflict, LeaseLost, NotFound
 from core.ids import IdPrefix, new_id
 from core.lifecycle import AttemptOutcome, EventType, JobKind, JobStatus, Phase
 from core.queue import QUEUE_OF_KIND, QueueName
@@ -13,6 +13,7 @@ from models.job import Job, JobAttempt
 from models.repositories.events import append_event
 from models.repositories.job_moves import Beat as Beat
 from models.repositories.job_moves import Fence as Fence
+from models.repositories.job_moves import worker_lost
 from models.repositories.job_pauses import JobPauses
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
@@ -58,25 +59,33 @@ class JobRepository(JobPauses):
         model: str | None = None,
         seed: int = 0,
         metadata: dict[str, str] | None = None,
+        after_validation: bool = False,
     ) -> Job:
-        """Insert a queued job with its first event and the wake-up its queue is owed."""
+        """Insert a queued job with its first event and the wake-up its queue is owed.
+
+        With `after_validation` it waits until its dataset is validated: it is queued when that can
+        be used, else it fails.
+        """
         job = Job(
             id=job_id or new_id(ID_OF_KIND[kind]),
             owner_id=owner_id,
             kind=kind,
             queue=QUEUE_OF_KIND[kind],
-            status=JobStatus.QUEUED,
+            status=JobStatus.VALIDATING_FILES if after_validation else JobStatus.QUEUED,
             spec=spec,
             dataset_id=dataset_id,
             model=model,
             seed=seed,
             labels=metadata or {},
-            queued_at=db_now(),
+            queued_at=None if after_validation else db_now(),
         )
         self._session.add(job)
         self._session.flush()
-        self._event_status(job.id, JobStatus.QUEUED, "The job is queued.")
-        self._owe_wake(job.queue, job.id)
+        if after_validation:
+            self._event_status(job.id, job.status, "The job waits for its data to be validated.")
+        else:
+            self._event_status(job.id, job.status, "The job is queued.")
+            self._owe_wake(job.queue, job.id)
         self._session.refresh(job)
         return job
 
@@ -332,7 +341,7 @@ class JobRepository(JobPauses):
             LeaseLost: another attempt owns the job.
         """
         return self._lose(
-            fence, error={**_worker_lost(fence, message), "log_tail": log_tail},
+            fence, error={**worker_lost(fence, message), "log_tail": log_tail},
             max_losses=max_losses, backoff_s=backoff_s, exit_code=exit_code,
         )  # fmt: skip
 
@@ -348,7 +357,7 @@ class JobRepository(JobPauses):
         reaped = []
         for row in self._session.execute(expired).all():
             fence = Fence(row.id, row.attempt)
-            error = _worker_lost(fence, "its worker stopped renewing the lease")
+            error = worker_lost(fence, "its worker stopped renewing the lease")
             status = self._lose(fence, error=error, max_losses=max_losses, backoff_s=backoff_s)
             reaped.append(Reaped(fence, status))
         return reaped
@@ -384,15 +393,3 @@ class JobRepository(JobPauses):
             .distinct()
         )
         return list(self._session.execute(statement).scalars())
-
-
-def _worker_lost(fence: Fence, message: str) -> dict[str, Any]:
-    return {
-        "code": FailureCode.WORKER_LOST.value,
-        "message": f"attempt {fence.attempt}: {message}",
-        "hint": "the log of the attempt may say why; a machine out of memory is the usual cause",
-        "retryable": True,
-        "phase": None,
-        "attempt": fence.attempt,
-        "errors": [],
-    }

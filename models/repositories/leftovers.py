@@ -20,10 +20,21 @@ class LeftoverRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def dataset_statuses(self, dataset_ids: Collection[str]) -> dict[str, DatasetStatus]:
-        """Return the statuses of those of the datasets that exist."""
-        statement = select(Dataset.id, Dataset.status).where(Dataset.id.in_(dataset_ids))
-        return {row.id: row.status for row in self._session.execute(statement)}
+    def deleted_datasets(self, dataset_ids: Collection[str]) -> set[str]:
+        """Return those of the datasets that were deleted."""
+        statement = select(Dataset.id).where(
+            Dataset.id.in_(dataset_ids), Dataset.status == DatasetStatus.DELETED
+        )
+        return set(self._session.execute(statement).scalars())
+
+    def uploads(self, upload_ids: Collection[str]) -> dict[str, bool]:
+        """Return, of those uploads that any dataset names, whether one has not been deleted."""
+        named = select(Dataset.upload_id, Dataset.status).where(Dataset.upload_id.in_(upload_ids))
+        found: dict[str, bool] = {}
+        for row in self._session.execute(named.distinct()):
+            kept = row.status is not DatasetStatus.DELETED
+            found[row.upload_id] = found.get(row.upload_id, False) or kept
+        return found
 
     def ended_jobs(self, job_ids: Collection[str]) -> set[str]:
         """Return those of the jobs that have ended for good."""

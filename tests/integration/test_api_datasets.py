@@ -274,7 +274,7 @@ def test_dry_run_has_a_report_and_cannot_be_trained_on(world: World) -> None:
     check_problem(world.get(f"/v1/datasets/{made['id']}/rows"), 409, "dataset_not_ready")
     job = world.post("/v1/fine_tuning/jobs", json={"model": "tiny-lm", "dataset_id": made["id"]})
     problem = check_problem(job, 409, "dataset_not_ready")
-    assert problem["hint"] == "upload the file again without dry_run"
+    assert problem["hint"] == f"POST /v1/datasets/{made['id']}/versions without dry_run"
 
 
 def test_etag_spares_the_body(world: World) -> None:

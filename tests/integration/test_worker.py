@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pyarrow as pa
 import pytest
 import redis
@@ -75,7 +76,15 @@ def test_upload_becomes_a_dataset(stack: Stack) -> None:
     }  # fmt: skip
     folder = stack.settings.artifact_dir / "datasets" / dataset.id
     assert len((folder / "canonical.jsonl").read_bytes().splitlines()) == 40
-    assert not (stack.settings.upload_dir / dataset.id).exists()
+    table = pq.read_table(folder / "canonical.parquet")
+    assert table.column("id").to_pylist() == [
+        orjson.loads(line)["id"] for line in (folder / "canonical.jsonl").read_bytes().splitlines()
+    ]
+    assert {file["path"]: file["bytes"] for file in dataset.files} == {
+        path.name: path.stat().st_size for path in folder.iterdir()
+    }
+    upload = stack.settings.upload_dir / dataset.id
+    assert upload.read_bytes() == SMALL, "kept for other versions"
     stack.assert_one_story(job_id)
 
 

@@ -35,6 +35,7 @@ from worker.ingest.texts import Line
 from worker.ingest.verdict import verdict
 
 CANONICAL_NAME = "canonical.jsonl"
+PARQUET_NAME = "canonical.parquet"
 REJECTED_NAME = "rejected.jsonl"
 _DETECT_ROWS = 100
 _DETECT_BYTES = 8 * MIB

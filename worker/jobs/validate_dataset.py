@@ -3,10 +3,11 @@
 An invalid dataset is a job that succeeded: it found out what it was asked to.
 """
 
+import hashlib
 import os
 import shutil
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +20,9 @@ from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
-from worker.ingest.files import sync_folder
+from worker.ingest.files import full_disk_as_error, sync_folder
 from worker.ingest.limits import apply_process_limits
-from worker.ingest.pipeline import IngestResult, ingest
+from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, IngestResult, ingest
 
 _FOLDER = "dataset"
 
@@ -35,10 +36,13 @@ class _Finding:
     counts: dict[str, Any]
     canonical_sha256: str | None
     failure: dict[str, Any] | None
+    files: tuple[dict[str, Any], ...] = ()
 
 
 def run(context: JobContext) -> dict[str, Any]:
-    """Validate the upload of the job's dataset, store what was found, delete the upload.
+    """Validate the upload of the job's dataset and store what was found.
+
+    The upload stays, for other versions of the dataset, until all of them are deleted.
 
     Raises:
         RunAborted: the upload is not there.
@@ -48,13 +52,11 @@ def run(context: JobContext) -> dict[str, Any]:
         LeaseLost: another attempt owns the job.
     """
     dataset = _load(context)
-    source = context.settings.upload_dir / dataset.id
+    source = context.settings.upload_dir / dataset.upload_id
     if dataset.status is DatasetStatus.VALIDATING:
         finding = _examine(context, dataset, source)
         _publish(context, dataset.id, finding)
         dataset = _load(context)
-    # An earlier attempt may have stored its finding and died before this line.
-    source.unlink(missing_ok=True)
     return {"dataset_id": dataset.id, "status": dataset.status.value, "counts": dataset.counts}
 
 
@@ -88,9 +90,35 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
             limits=limits,
             on_progress=on_progress,
         )
+        files = _finished_files(context)
     except (MemoryError, TooLarge) as error:
         return _beyond_limits(error, limits)
-    return _finding_of(result)
+    return replace(_finding_of(result), files=files)
+
+
+def _finished_files(context: JobContext) -> tuple[dict[str, Any], ...]:
+    """Write the rows as a table, too; return what there is to publish."""
+    folder = context.attempt_dir / _FOLDER
+    if (folder / CANONICAL_NAME).is_file():
+        # A dry run and an invalid upload must not load Arrow.
+        from worker.ingest.table_form import write_parquet
+
+        with full_disk_as_error(folder):
+            write_parquet(
+                folder / CANONICAL_NAME, folder / PARQUET_NAME, on_part=context.raise_if_stopped
+            )
+    return published_files(folder)
+
+
+def published_files(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return path, bytes and SHA-256 of every file of a folder."""
+    return tuple(_file(path) for path in sorted(folder.iterdir()))
+
+
+def _file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def _limit_this_process(limits: DataLimits) -> None:

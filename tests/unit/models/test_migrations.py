@@ -62,3 +62,29 @@ def test_downgrade_leaves_nothing_and_upgrade_comes_back(empty_url: str) -> None
     assert table_names(empty_url) == set()
     upgrade(empty_url)
     assert table_names(empty_url) == set(Base.metadata.tables)
+
+
+def test_datasets_of_the_first_schema_are_first_versions(empty_url: str) -> None:
+    config = alembic_config(empty_url)
+    command.upgrade(config, "20261123_initial")
+    engine: Engine = make_engine(empty_url, pool_size=1)
+    with engine.begin() as connection:
+        for statement in (
+            "INSERT INTO owner (id, name, created_at) VALUES ('own_a', 'ada', 1.0)",
+            "INSERT INTO dataset (id, owner_id, created_at, name, status, job_id, bytes, sha256,"
+            " policy) VALUES ('ds_a', 'own_a', 1.0, 'd', 'ready', 'job_a', 1, 'x', '{}')",
+            "INSERT INTO job (id, owner_id, created_at, kind, queue, priority, status, attention,"
+            " spec, dataset_id, seed, metadata, attempt, failures, losses, run_after, gpu_seconds,"
+            " event_seq, version) VALUES ('job_a', 'own_a', 1.0, 'dataset', 'cpu', 0, 'succeeded',"
+            " '[]', '{}', 'ds_a', 0, '{}', 1, 0, 0, 1.0, 0.0, 0, 1)",
+        ):
+            connection.exec_driver_sql(statement)
+    command.upgrade(config, "head")
+    with engine.begin() as connection:
+        row = connection.exec_driver_sql(
+            "SELECT d.upload_id, d.version, d.parent_id FROM dataset d JOIN job j"
+            " ON j.dataset_id = d.id"
+        ).one()
+    engine.dispose()
+    assert tuple(row) == ("ds_a", 1, None)
+    command.downgrade(config, "20261123_initial")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from core.lifecycle import DatasetStatus, JobStatus
+from core.ids import IdPrefix, new_id
+from core.lifecycle import JobStatus
 from core.queue import QueueName
+from core.run_spec import DatasetPolicy
 from core.settings import Settings
 from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
@@ -145,33 +147,40 @@ def test_links_are_removed_and_never_followed(
     assert (tmp_path / "elsewhere" / "precious").is_file()
 
 
-def test_uploads_go_when_their_dataset_is_examined(
+def test_an_upload_goes_with_its_last_version(
     database: Database, seeds: Seeds, settings: Settings
 ) -> None:
+    read, other = DatasetPolicy(), DatasetPolicy(on_invalid="fail")
+    first, first_job = seeds.dataset_job()
+    alone, alone_job = seeds.dataset_job()
     waiting, _ = seeds.dataset_job()
-    examined, _ = seeds.dataset_job()
+    second = new_id(IdPrefix.DATASET)
     with database.transaction() as session:
-        DatasetRepository(session).record_result(
-            examined, status=DatasetStatus.INVALID, report={}, counts={},
-            canonical_sha256=None, failure={},
+        for job_id in (first_job, alone_job):
+            JobRepository(session).request_cancel(seeds.owner_id, job_id)
+        datasets = DatasetRepository(session)
+        parent = datasets.lock_versions(seeds.owner_id, first)
+        made = datasets.add_version(
+            parent, dataset_id=second, job_id=new_id(IdPrefix.JOB), name="d",
+            policy=other.model_dump(mode="json"),
         )  # fmt: skip
-    uploads = settings.upload_dir
-    write(*(uploads / name for name in (waiting, examined, "arriving", "forgotten")))
+        assert (made.version, made.parent_id, made.upload_id) == (2, first, first)
+        assert datasets.version_with(parent, other) is made
+        assert datasets.version_with(parent, read) is None, "cancelled: reading again may help"
+        datasets.delete(seeds.owner_id, first)
+    uploads, rows = settings.upload_dir, settings.artifact_dir / "datasets"
+    write(*(uploads / name for name in (first, alone, waiting, "arriving", "forgotten")))
+    write(*(rows / name / "canonical.jsonl" for name in (first, second)))
     age(uploads / "forgotten")
     age(uploads / waiting)
     Cleanup(settings, database).run()
-    assert files_under(uploads) == {waiting, "arriving"}
-
-
-def test_cancelled_validation_leaves_no_upload(
-    database: Database, seeds: Seeds, settings: Settings
-) -> None:
-    dataset_id, job_id = seeds.dataset_job()
-    write(settings.upload_dir / dataset_id)
+    assert files_under(uploads) == {first, alone, waiting, "arriving"}
+    assert files_under(rows) == {f"{second}/canonical.jsonl"}
     with database.transaction() as session:
-        JobRepository(session).request_cancel(seeds.owner_id, job_id)
+        DatasetRepository(session).delete(seeds.owner_id, second)
     Cleanup(settings, database).run()
-    assert files_under(settings.upload_dir) == set()
+    assert files_under(uploads) == {alone, waiting, "arriving"}
+    assert files_under(rows) == set()
 
 
 def test_forgotten_temporary_files_go(database: Database, settings: Settings) -> None:
