@@ -10,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # Tiny models gain nothing from threads, and the exactness tests fix the number of threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Files run beside each other on up to four cores; `TEST_PROCESSES=0` runs one after the other.
+TEST_PROCESSES ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses=4 --dist loadfile
 
 # Compares the tables with a database that is at the newest revision.
 define NEW_REVISION

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -103,11 +104,19 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+def _own_redis_database(url: str) -> str:
+    """The n-th database after the given one for the n-th process of the tests: they empty it."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    with redis.Redis.from_url(url) as client:
+        number = int(client.connection_pool.connection_kwargs.get("db", 0)) + int(worker[2:])
+    return urlsplit(url)._replace(path=f"/{number}", query="").geturl()
+
+
 @pytest.fixture(scope="session")
 def _redis_shared() -> Iterator[str]:
     given = os.environ.get("TEST_REDIS_URL")
     if given:
-        yield given
+        yield _own_redis_database(given)
         return
     with ExitStack() as stack:
         try:
