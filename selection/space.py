@@ -132,14 +132,7 @@ class SearchSpace:
 
         Raises InvalidInput for a candidate outside of the space, naming what is outside.
         """
-        objective = candidate.objective
-        params: Params = {
-            **_DEFAULTS,
-            "beta": objective.beta,
-            "learning_rate": candidate.learning_rate,
-            **_kernel_params(objective.kernel_term),
-            **_divergence_params(objective.divergence_term),
-        }
+        params = {**_DEFAULTS, **used_params(candidate)}
         for name, distribution in self.distributions.items():
             _check_contained(name, params[name], distribution)
         if self.candidate_of(params) != candidate:
@@ -166,6 +159,20 @@ class SearchSpace:
             ),
             learning_rate=float(params["learning_rate"]),
         )
+
+
+def used_params(candidate: CandidateSpec) -> Params:
+    """Return the parameters that a candidate makes use of, in the space's names, wherever it lies.
+
+    What the space does not vary (label smoothing, kernel mode, embedding …) has no name here.
+    """
+    objective = candidate.objective
+    return {
+        "beta": objective.beta,
+        "learning_rate": candidate.learning_rate,
+        **_kernel_params(objective.kernel_term),
+        **_divergence_params(objective.divergence_term),
+    }
 
 
 def _check_contained(name: str, value: ParamValue, distribution: BaseDistribution) -> None:

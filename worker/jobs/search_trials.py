@@ -23,14 +23,8 @@ from core.spec import (
 )
 from models.experiment import StudyRow, TrialRow
 from models.repositories.experiments import ExperimentRepository
-from selection.search import (
-    FinishedTrial,
-    Proposal,
-    SearchDriver,
-    TrialOutcome,
-    initial_candidates,
-    select_winner,
-)
+from selection.search import Proposal, SearchDriver, TrialOutcome, initial_candidates
+from selection.winner import FinishedTrial, select_winner
 from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.ingest.files import atomic_writer, full_disk_as_error

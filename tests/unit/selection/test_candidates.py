@@ -11,8 +11,9 @@ from core.spec import (
     ObjectiveSpec,
 )
 from selection.recommender import recommend
-from selection.search import FinishedTrial, initial_candidates, select_winner
+from selection.search import initial_candidates
 from selection.space import SearchSpace
+from selection.winner import FinishedTrial, select_winner
 from tests.unit.selection.samples import profile
 
 FOUND = recommend(profile())
