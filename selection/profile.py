@@ -23,7 +23,7 @@ from objectives.types import Kernel, PairEmbeddings
 from selection.features import ReferenceFeatures, group_index
 from selection.metrics.bootstrap import estimate, group_weights, weighted_mean
 from selection.metrics.distances import RandomPairs, kernel_distances, random_pairs
-from selection.metrics.kpa import FOLDS, grouped_folds, kpa, preference_gram
+from selection.metrics.kpa import FOLDS, definite, grouped_folds, kpa, preference_gram
 from selection.metrics.nag import nag
 from selection.metrics.pnav import pnav
 from selection.metrics.pnd import pnd
@@ -131,7 +131,7 @@ def _kernel_metrics(
     kernels = []
     for spec in MEMBERS:
         kernel = build_kernel(spec, geometry)
-        gram = preference_gram(kernel, prepared.chosen, prepared.rejected)
+        gram = definite(preference_gram(kernel, prepared.chosen, prepared.rejected))
         grams[KernelName(spec.type)] = gram
         kernels.append(ruler.measure(spec, kernel, gram))
     mixtures = [

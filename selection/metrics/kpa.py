@@ -14,6 +14,8 @@ RIDGE = 1.0
 WIDENING = 1.25
 # Differences of kernel values, computed in float32, say nothing below this.
 _ROUNDING = 1e-6
+# Negative eigenvalues above this share of the mean diagonal are nothing beside the ridge of 1.
+_NEGLIGIBLE = 0.01
 
 
 def preference_gram(kernel: Kernel, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -37,6 +39,24 @@ def normalized(k: Tensor) -> Tensor:
     k = k.double()
     level = k.diagonal().mean()
     return k / level if float(level) > _ROUNDING else torch.zeros_like(k)
+
+
+def definite(k: Tensor) -> Tensor:
+    """Return the nearest positive semidefinite matrix to a preference kernel (N, N).
+
+    Nearest in the Frobenius norm: negative eigenvalues become 0 (Higham 1988, theorem 2.1). `k`
+    itself where none lies below a hundredth of the mean diagonal. The floor of the spectral kernel
+    makes it indefinite where responses are many and alike; the ridge does not make up for that.
+    """
+    level = k.diagonal().mean()
+    shift = _NEGLIGIBLE * level * torch.eye(k.shape[0], dtype=k.dtype)
+    if float(level) <= 0.0 or int(torch.linalg.cholesky_ex(k + shift).info) == 0:
+        return k
+    values, vectors = torch.linalg.eigh(k)
+    kept = values > 0.0
+    clipped = (vectors[:, kept] * values[kept]) @ vectors[:, kept].T
+    nearest: Tensor = (clipped + clipped.T) / 2
+    return nearest
 
 
 def grouped_folds(group: Tensor, *, folds: int, generator: torch.Generator) -> Tensor:

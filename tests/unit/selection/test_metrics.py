@@ -19,6 +19,7 @@ from selection.metrics.distances import (
     random_pairs,
 )
 from selection.metrics.kpa import (
+    definite,
     grouped_folds,
     held_out_scores,
     kpa,
@@ -201,6 +202,23 @@ def test_folds_keep_prompts_whole_and_even():
     fold = grouped_folds(group, folds=5, generator=torch.Generator().manual_seed(0))
     assert all(fold[group == prompt].unique().numel() == 1 for prompt in range(20))
     assert torch.bincount(fold).tolist() == [8] * 5
+
+
+def test_negative_eigenvalues_are_cut_off_where_they_outweigh_the_ridge():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
+    spectrum = torch.linspace(0.5, 3.0, 40)
+    sound = basis * spectrum @ basis.T
+    assert definite(sound) is sound
+    broken = spectrum.clone()
+    broken[:2] = torch.tensor([-2.5, -0.2])
+    indefinite = basis * broken @ basis.T
+    with pytest.raises(torch.linalg.LinAlgError):
+        kpa(indefinite, fold=torch.arange(40) % 5, weights=torch.ones(1, 40))
+    cut = basis * broken.clamp_min(0.0) @ basis.T
+    torch.testing.assert_close(definite(indefinite), cut, atol=1e-5, rtol=1e-5)
+    assert 0.0 <= kpa(cut, fold=torch.arange(40) % 5, weights=torch.ones(1, 40)).item() <= 1.0
+    assert definite(torch.zeros(4, 4)).tolist() == torch.zeros(4, 4).tolist()
 
 
 def test_kpa_of_a_clean_direction_is_near_one_and_of_identical_responses_a_half():
