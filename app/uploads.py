@@ -233,7 +233,7 @@ def _boundary(request: Request) -> bytes:
         raise UnsupportedMedia(
             f"received content type {kind.decode('latin-1') or 'none'!r}, expected "
             "multipart/form-data with a boundary",
-            hint="curl -F file=@data.jsonl sends it",
+            hint="curl -F file=@data.jsonl sends it; a dataset can also be JSON with a `source`",
         )
     return boundary
 

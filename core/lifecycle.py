@@ -53,6 +53,7 @@ class JobKind(StrEnum):
 class Phase(StrEnum):
     """What a running job is doing now."""
 
+    DOWNLOADING_DATA = "downloading_data"
     DOWNLOADING_MODEL = "downloading_model"
     CONVERTING = "converting"
     COMPUTING_METRICS = "computing_metrics"

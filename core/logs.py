@@ -42,3 +42,5 @@ def configure_logging(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # It logs whole URLs, and their queries can be signatures.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)

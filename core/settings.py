@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from core.hosts import parse_host_rule
+
 MIB = 1024 * 1024
 
 
@@ -88,6 +90,46 @@ class DataLimits(_Group):
     parser_cpu_s: int = Field(default=3600, gt=0)
 
 
+class SourceSettings(_Group):
+    """Where datasets may be fetched from; without entries only from the hub."""
+
+    hub_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("*",), description="glob patterns of hub datasets that may be named"
+    )
+    secrets: dict[str, SecretStr] = Field(
+        default={}, description="hub tokens by the name that a request may use"
+    )
+    https_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="host, *.host, host:port, host=network; see core/hosts.py"
+    )
+    ca_file: Path | None = Field(default=None, description="more certificate authorities, PEM")
+    paths: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(), description="folders on the server whose files may be named"
+    )
+    max_bytes: int = Field(default=2048 * MIB, gt=0, description="of all files of one dataset")
+    timeout_s: float = Field(default=30.0, gt=0, description="for each answer")
+    deadline_s: float = Field(default=3600.0, gt=0, description="for all files of one dataset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: object) -> object:
+        if isinstance(values, dict):
+            for name, separator in (("hub_allow", ","), ("https_hosts", ","), ("paths", ":")):
+                if isinstance(values.get(name), str):
+                    parts = (part.strip() for part in values[name].split(separator))
+                    values = {**values, name: tuple(part for part in parts if part)}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for text in self.https_hosts:
+            parse_host_rule(text)
+        for path in self.paths:
+            if not path.expanduser().is_absolute():
+                raise ValueError(f"received the folder {path}, expected an absolute path")
+        return self
+
+
 class WorkerSettings(_Group):
     """Leases and loops of the job protocol (seconds)."""
 
@@ -166,6 +208,7 @@ class Settings(BaseSettings):
     broker: BrokerSettings = BrokerSettings()
     models: ModelSettings = ModelSettings()
     data: DataLimits = DataLimits()
+    sources: SourceSettings = SourceSettings()
     worker: WorkerSettings = WorkerSettings()
     training: TrainingSettings = TrainingSettings()
 

@@ -14,7 +14,8 @@ class Dataset(Identified, Owned, Base):
     """One reading of an upload under one policy.
 
     `upload_id` names the stored bytes, and with them all versions: it is the id of version 1.
-    `files` are the published ones: path, bytes, sha256.
+    `files` are the published ones: path, bytes, sha256. `source` is what was asked for when no
+    bytes were sent, `origin` what that was resolved to; `bytes` and `sha256` follow when it came.
     """
 
     __tablename__ = "dataset"
@@ -23,8 +24,10 @@ class Dataset(Identified, Owned, Base):
     name: Mapped[str] = mapped_column(String(200))
     status: Mapped[DatasetStatus] = mapped_column(EnumText(DatasetStatus))
     job_id: Mapped[str] = mapped_column(String(48), index=True)
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    source: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    origin: Mapped[dict[str, Any] | None] = mapped_column(Json)
     policy: Mapped[dict[str, Any]] = mapped_column(Json)
     counts: Mapped[dict[str, Any] | None] = mapped_column(Json)
     report: Mapped[dict[str, Any] | None] = mapped_column(Json)

@@ -32,11 +32,15 @@ class DatasetRepository:
         owner_id: str,
         job_id: str,
         name: str,
-        size_bytes: int,
-        sha256: str,
+        size_bytes: int | None,
+        sha256: str | None,
         policy: dict[str, Any],
+        source: dict[str, Any] | None = None,
     ) -> Dataset:
-        """Insert version 1 of an upload, which lies under the dataset's id; it is not read yet."""
+        """Insert version 1 of an upload, which lies under the dataset's id; it is not read yet.
+
+        Of a `source` size and hash are not known before its job has fetched it.
+        """
         dataset = Dataset(
             id=dataset_id,
             upload_id=dataset_id,
@@ -48,6 +52,7 @@ class DatasetRepository:
             status=DatasetStatus.VALIDATING,
             bytes=size_bytes,
             sha256=sha256,
+            source=source,
             policy=policy,
         )
         self._session.add(dataset)
@@ -73,6 +78,8 @@ class DatasetRepository:
             status=DatasetStatus.VALIDATING,
             bytes=parent.bytes,
             sha256=parent.sha256,
+            source=parent.source,
+            origin=parent.origin,
             policy=policy,
         )
         self._session.add(dataset)
@@ -191,6 +198,22 @@ class DatasetRepository:
     def load(self, dataset_id: str) -> Dataset:
         """Return a dataset for the job that works on it."""
         return self._session.get_one(Dataset, dataset_id)
+
+    def record_source(
+        self,
+        upload_id: str,
+        *,
+        size_bytes: int | None = None,
+        sha256: str | None = None,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        """Store what a source was resolved to, or what came of it, in all of its versions."""
+        versions = select(Dataset).where(Dataset.upload_id == upload_id).order_by(Dataset.id)
+        for dataset in self._session.execute(versions.with_for_update()).scalars():
+            dataset.origin = dataset.origin if origin is None else origin
+            dataset.bytes = dataset.bytes if size_bytes is None else size_bytes
+            dataset.sha256 = dataset.sha256 if sha256 is None else sha256
+        self._session.flush()
 
     def record_result(
         self,

@@ -1,0 +1,188 @@
+"""Brings the source of a dataset to where an upload would be: once, pinned, and under the fence."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, assert_never
+
+from pydantic import TypeAdapter
+
+from core.errors import (
+    CancelRequested,
+    InvalidInput,
+    KdpoError,
+    NotPermitted,
+    TooLarge,
+    UnsupportedMedia,
+)
+from core.lifecycle import Phase
+from core.sources import (
+    DatasetSource,
+    HttpsSource,
+    HuggingFaceSource,
+    PathSource,
+    check_source,
+    shown,
+)
+from models.dataset import Dataset
+from models.repositories.datasets import DatasetRepository
+from models.repositories.jobs import JobRepository
+from worker.context import JobContext
+from worker.ingest.files import sync_folder
+from worker.ingest.sources.assembly import Gauge, Limits, Piece, as_tar, assemble, check_sha256
+from worker.ingest.sources.https import HttpsFile
+from worker.ingest.sources.hub import HubPin, HubRemote, pin
+from worker.ingest.sources.local import LocalFile
+
+# What trying again cannot change: the dataset is invalid then, and the job has done its work.
+REFUSALS = (InvalidInput, NotPermitted, TooLarge, UnsupportedMedia)
+_MAX_FILES_SHOWN = 100
+_ADAPTER: TypeAdapter[DatasetSource] = TypeAdapter(DatasetSource)
+
+
+def fetch(context: JobContext, dataset: Dataset) -> None:
+    """Bring the source of a dataset to its upload's place; nothing to do when it is there.
+
+    What it was resolved to is stored first, so that every attempt and every version reads the same.
+    What has arrived is kept for the next attempt, unless there is to be none.
+
+    Raises:
+        InvalidInput, NotPermitted, TooLarge, UnsupportedMedia: the source cannot be had.
+        Unavailable: it cannot be had now.
+        StorageFull: the disk has no room.
+        CancelRequested, Preempted, LeaseLost: as everywhere.
+    """
+    place = context.settings.upload_dir / dataset.upload_id
+    first = _first_version(context, dataset)
+    if first.sha256 is not None and place.is_file():
+        _record(context, dataset, size_bytes=first.bytes, sha256=first.sha256, origin=first.origin)
+        return
+    source = _ADAPTER.validate_python(dataset.source)
+    part = place.with_name(f".{place.name}.part")
+    context.phase(Phase.DOWNLOADING_DATA)
+    try:
+        check_source(source, context.settings)
+        pieces = _pieces(context, dataset, source, first.origin or {})
+        size_bytes, sha256 = assemble(pieces, part, gauge=_gauge(context))
+        if isinstance(source, HttpsSource):
+            check_sha256(sha256, source.sha256)
+        if size_bytes == 0:
+            raise InvalidInput(
+                "the source is empty", code="empty_file", param="source",
+                hint="name a file with preference pairs",
+            )  # fmt: skip
+    except (*REFUSALS, CancelRequested):
+        part.unlink(missing_ok=True)
+        raise
+
+    def into_place() -> None:
+        part.replace(place)
+        sync_folder(place.parent)
+
+    _record(context, dataset, size_bytes=size_bytes, sha256=sha256, before=into_place)
+
+
+def source_report(dataset: Dataset) -> dict[str, Any]:
+    """Return what was asked for and what it was resolved to, as the report shows it."""
+    source = _ADAPTER.validate_python(dataset.source)
+    found: dict[str, Any] = shown(source).model_dump(mode="json", exclude_none=True)
+    if isinstance(source, HuggingFaceSource) and dataset.origin is not None:
+        pinned = HubPin.from_json(dataset.origin)
+        found |= {
+            "commit": pinned.commit,
+            "config": pinned.config,
+            "split": pinned.split,
+            "num_files": len(pinned.files),
+            "files": [
+                {"path": file.path, "bytes": file.size, "sha256": file.sha256}
+                for file in pinned.files[:_MAX_FILES_SHOWN]
+            ],
+            "ignored_files": list(pinned.ignored[:_MAX_FILES_SHOWN]),
+        }
+    return found | {"bytes": dataset.bytes, "sha256": dataset.sha256}
+
+
+def _pieces(
+    context: JobContext, dataset: Dataset, source: DatasetSource, origin: dict[str, Any]
+) -> list[Piece]:
+    """Return what the upload is put together from; several files become one tar."""
+    settings = context.settings
+    match source:
+        case HuggingFaceSource():
+            pinned = HubPin.from_json(origin) if origin else pin(source, settings)
+            if not origin:
+                _record(context, dataset, origin=asdict(pinned))
+            files = [
+                (file.path, HubRemote(source, pinned.commit, file, settings))
+                for file in pinned.files
+            ]
+            return [files[0][1]] if len(files) == 1 else as_tar(files)
+        case HttpsSource():
+            return [
+                HttpsFile(
+                    source, settings, etag=origin.get("etag"), size=origin.get("bytes"),
+                    on_told=lambda etag, size: _record(
+                        context, dataset, origin={"etag": etag, "bytes": size}
+                    ),
+                )
+            ]  # fmt: skip
+        case PathSource():
+            return [LocalFile(source, settings.sources.paths)]
+        case _:
+            assert_never(source)
+
+
+def _gauge(context: JobContext) -> Gauge:
+    settings = context.settings
+    asked_at = float("-inf")
+
+    def on_bytes(done: int, total: int | None) -> None:
+        nonlocal asked_at
+        # Without a total every report would be a last one, which is always written.
+        now = time.monotonic()
+        if done == total or now - asked_at >= settings.training.progress_every_s:
+            asked_at = now
+            context.progress(
+                unit="bytes", done=done, total=total or done, overall=None if total else 0.0
+            )
+        context.raise_if_stopped()
+
+    limits = Limits(
+        # No file that is accepted is larger than what it expands to.
+        max_bytes=min(settings.sources.max_bytes, settings.data.max_decompressed_bytes),
+        deadline_s=settings.sources.deadline_s,
+    )
+    return Gauge(limits, on_bytes)
+
+
+def _first_version(context: JobContext, dataset: Dataset) -> Dataset:
+    """Return the row that knows how far the fetching has come."""
+    with context.database.reading() as session:
+        return DatasetRepository(session).load(dataset.upload_id)
+
+
+def _record(
+    context: JobContext,
+    dataset: Dataset,
+    *,
+    before: Callable[[], None] | None = None,
+    **values: Any,
+) -> None:
+    """Store what is known of the source, in all versions; an attempt that lost its job does not."""
+    with context.transaction() as session:
+        JobRepository(session).guard(context.fence)
+        if before is not None:
+            before()
+        DatasetRepository(session).record_source(dataset.upload_id, **values)
+
+
+def refused(error: KdpoError) -> dict[str, Any]:
+    """Return the failure of a dataset whose source cannot be had."""
+    return {
+        "category": error.category.value,
+        "code": error.code,
+        "message": error.message,
+        "hint": error.hint,
+        "param": error.param or "source",
+        "errors": [asdict(detail) for detail in error.errors],
+    }
