@@ -2,12 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from app.responses import Schema, unix
 from core.errors import Category, ErrorDetail
 from core.lifecycle import DatasetStatus
 from core.run_spec import DatasetPolicy
+from core.sources import DatasetSource, shown
 from models.dataset import Dataset
 
 MAX_ERRORS = 100
@@ -49,8 +50,12 @@ class DatasetView(Schema):
     status: DatasetStatus
     created_at: int
     ready_at: int | None
-    bytes: int
-    sha256: str
+    bytes: int | None = Field(description="of the upload; of a source, set when it was fetched")
+    sha256: str | None
+    source: DatasetSource | None = Field(
+        description="where the server fetches it from; null of an upload"
+    )
+    commit: str | None = Field(description="that the revision of a hub source was resolved to")
     canonical_sha256: str | None
     policy: DatasetPolicy
     counts: dict[str, Any] | None = Field(description="rows, pairs, prompts; set when validated")
@@ -87,6 +92,8 @@ def dataset_view(dataset: Dataset) -> DatasetView:
         ready_at=unix(dataset.ready_at),
         bytes=dataset.bytes,
         sha256=dataset.sha256,
+        source=_source_of(dataset),
+        commit=None if dataset.origin is None else dataset.origin.get("commit"),
         canonical_sha256=dataset.canonical_sha256,
         policy=DatasetPolicy.model_validate(dataset.policy),
         counts=dataset.counts,
@@ -94,6 +101,12 @@ def dataset_view(dataset: Dataset) -> DatasetView:
         job_id=dataset.job_id,
         report_url=report_url(dataset.id),
     )
+
+
+def _source_of(dataset: Dataset) -> DatasetSource | None:
+    if dataset.source is None:
+        return None
+    return shown(TypeAdapter[DatasetSource](DatasetSource).validate_python(dataset.source))
 
 
 def report_url(dataset_id: str) -> str:

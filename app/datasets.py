@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from app.dataset_sources import SOURCE_BODY, is_json, receive_source, store_source
 from app.dataset_views import (
     DatasetView,
     Failure,
@@ -88,7 +89,8 @@ _UPLOAD_BODY = {
                         }
                     }
                 },
-            }
+            },
+            "application/json": SOURCE_BODY,
         },
     }
 }
@@ -109,17 +111,22 @@ async def create_dataset(
     settings: Config,
     prefer: Prefer,
 ) -> Response:
-    """Store a file of preference pairs, validate it, and answer when that is done or time is up."""
-    dataset_id = new_id(IdPrefix.DATASET)
-    upload = await receive_upload(
-        request,
-        settings.upload_dir / dataset_id,
-        max_bytes=settings.api.max_upload_bytes,
-        fields=FIELDS,
-    )
-    await run_in_threadpool(
-        _store, database, upload, dataset_id=dataset_id, owner_id=caller.owner_id
-    )
+    """Take preference pairs as a file, or as JSON that names a source (a hub repository, an https
+    address, a path on the server); validate them, and answer when that is done or time is up.
+    """
+    names = {"dataset_id": new_id(IdPrefix.DATASET), "owner_id": caller.owner_id}
+    dataset_id = names["dataset_id"]
+    if is_json(request):
+        source = await receive_source(request)
+        await run_in_threadpool(store_source, database, source, settings, **names)
+    else:
+        upload = await receive_upload(
+            request,
+            settings.upload_dir / dataset_id,
+            max_bytes=settings.api.max_upload_bytes,
+            fields=FIELDS,
+        )
+        await run_in_threadpool(_store, database, upload, **names)
     await run_in_threadpool(relay_now, database, queue)
     patience = prefer or Patience(settings.api.wait_default_s, preferred=False)
     await wait_until(lambda: _is_settled(database, caller.owner_id, dataset_id), patience.seconds)

@@ -40,12 +40,13 @@ class _Finding:
 
 
 def run(context: JobContext) -> dict[str, Any]:
-    """Validate the upload of the job's dataset and store what was found.
+    """Validate the upload of the job's dataset, or its source, and store what was found.
 
     The upload stays, for other versions of the dataset, until all of them are deleted.
 
     Raises:
         RunAborted: the upload is not there.
+        Unavailable: the source cannot be fetched now.
         StorageFull: the disk has no room for the converted rows.
         CancelRequested: the user cancelled the job.
         Preempted: the worker is shutting down.
@@ -54,7 +55,11 @@ def run(context: JobContext) -> dict[str, Any]:
     dataset = _load(context)
     source = context.settings.upload_dir / dataset.upload_id
     if dataset.status is DatasetStatus.VALIDATING:
-        finding = _examine(context, dataset, source)
+        finding = (
+            _examine(context, dataset, source)
+            if dataset.source is None
+            else _examine_source(context, dataset, source)
+        )
         _publish(context, dataset.id, finding)
         dataset = _load(context)
     return {"dataset_id": dataset.id, "status": dataset.status.value, "counts": dataset.counts}
@@ -63,6 +68,23 @@ def run(context: JobContext) -> dict[str, Any]:
 def _load(context: JobContext) -> Dataset:
     with context.database.reading() as session:
         return DatasetRepository(session).load(str(context.job.dataset_id))
+
+
+def _examine_source(context: JobContext, dataset: Dataset, place: Path) -> _Finding:
+    """Fetch, then parse; a source that cannot be had is an invalid dataset."""
+    # An upload must not load the hub's client.
+    from worker.jobs.fetch_source import REFUSALS, fetch, refused, source_report
+
+    try:
+        fetch(context, dataset)
+    except REFUSALS as error:
+        return _Finding(
+            status=DatasetStatus.INVALID, report={"source": source_report(_load(context))},
+            counts={}, canonical_sha256=None, failure=refused(error),
+        )  # fmt: skip
+    dataset = _load(context)
+    finding = _examine(context, dataset, place)
+    return replace(finding, report={**finding.report, "source": source_report(dataset)})
 
 
 def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
