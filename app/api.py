@@ -4,6 +4,8 @@ from fastapi import APIRouter
 
 from app import (
     checkpoints,
+    dataset_rows,
+    dataset_versions,
     datasets,
     fine_tuning,
     jobs,
@@ -16,6 +18,9 @@ from app.openapi import PROBLEM_RESPONSES
 def v1_router() -> APIRouter:
     """Return all of `/v1`; every endpoint documents the problem body as its error."""
     router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
-    for domain in (datasets, recommendations, fine_tuning, jobs, studies, checkpoints):
+    for domain in (
+        datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
+        checkpoints,
+    ):  # fmt: skip
         router.include_router(domain.router)
     return router

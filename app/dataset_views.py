@@ -1,9 +1,11 @@
 """What a dataset looks like from outside, and why one was refused."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Path
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from app.deps import ID_PATTERN
 from app.responses import Schema, unix
 from core.errors import Category, ErrorDetail
 from core.lifecycle import DatasetStatus
@@ -12,6 +14,8 @@ from core.sources import DatasetSource, shown
 from models.dataset import Dataset
 
 MAX_ERRORS = 100
+
+DatasetId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 
 class FailureItem(Schema):
@@ -41,12 +45,23 @@ class Failure(Schema):
         return [ErrorDetail(**item.model_dump()) for item in self.errors[:MAX_ERRORS]]
 
 
+class DatasetFile(Schema):
+    """A file of rows that can be downloaded."""
+
+    path: str
+    bytes: int
+    sha256: str
+    url: str
+
+
 class DatasetView(Schema):
-    """An uploaded dataset."""
+    """One reading of an upload under one policy."""
 
     id: str
     object: Literal["dataset"] = "dataset"
     name: str
+    version: int = Field(description="counts the readings of one upload from 1")
+    parent: str | None = Field(description="the dataset that this was made from as a new version")
     status: DatasetStatus
     created_at: int
     ready_at: int | None
@@ -62,6 +77,7 @@ class DatasetView(Schema):
     error: Failure | None
     job_id: str
     report_url: str
+    files: list[DatasetFile] = Field(description="set when validated")
 
 
 class ReportView(Schema):
@@ -87,6 +103,8 @@ def dataset_view(dataset: Dataset) -> DatasetView:
     return DatasetView(
         id=dataset.id,
         name=dataset.name,
+        version=dataset.version,
+        parent=dataset.parent_id,
         status=dataset.status,
         created_at=int(dataset.created_at),
         ready_at=unix(dataset.ready_at),
@@ -100,7 +118,15 @@ def dataset_view(dataset: Dataset) -> DatasetView:
         error=failure_of(dataset),
         job_id=dataset.job_id,
         report_url=report_url(dataset.id),
+        files=[
+            DatasetFile(**file, url=_rows_url(dataset.id, file["path"])) for file in dataset.files
+        ],
     )
+
+
+def _rows_url(dataset_id: str, path: str) -> str:
+    view, _, form = path.rpartition(".")
+    return f"/v1/datasets/{dataset_id}/rows?view={view}&format={form}"
 
 
 def _source_of(dataset: Dataset) -> DatasetSource | None:

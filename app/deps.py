@@ -41,6 +41,18 @@ class Caller:
         """Whether the caller has the scope."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
+    def must(self, scope: Scope) -> None:
+        """Refuse a caller without the scope.
+
+        Raises:
+            NotPermitted: the key lacks it.
+        """
+        if not self.may(scope):
+            raise NotPermitted(
+                f"this API key lacks the scope {scope.value!r}",
+                hint=f"use a key with it: kdpo keys create --scope {scope.value}",
+            )
+
 
 def get_settings(request: Request) -> Settings:
     """Return the settings that the application was made with."""
@@ -100,11 +112,7 @@ def requires(scope: Scope) -> Callable[[Request, Caller], Caller]:
     """Return a dependency: a caller with the scope, and a request that says nothing unknown."""
 
     def check(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
-        if not caller.may(scope):
-            raise NotPermitted(
-                f"this API key lacks the scope {scope.value!r}",
-                hint=f"use a key with it: kdpo keys create --scope {scope.value}",
-            )
+        caller.must(scope)
         refuse_unknown_query(request)
         refuse_other_bodies(request)
         return caller

@@ -18,6 +18,11 @@ from app.responses import etag_matches
 from core.errors import FailureCode, NotFound, RunAborted
 
 CHUNK_BYTES = 256 * 1024
+_TYPES = {
+    ".json": "application/json",
+    ".jsonl": "application/jsonl",
+    ".parquet": "application/vnd.apache.parquet",
+}
 _RANGE = re.compile(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -94,7 +99,7 @@ def open_inside(file: StoredFile) -> int:
         raise RunAborted(
             f"{file.path!r} has {status.st_size} bytes, published were {file.size_bytes}",
             failure=FailureCode.CHECKPOINT_CORRUPT,
-            hint="export or train again; the file on the server's disk has changed",
+            hint="the file on the server's disk has changed: export, train or validate again",
         )
     return handle
 
@@ -158,8 +163,6 @@ def _headers(file: StoredFile) -> dict[str, str]:
         "Cache-Control": "private, max-age=31536000, immutable",
         "Repr-Digest": f"sha-256=:{digest}:",
         "Content-Disposition": f"attachment; filename*=utf-8''{quote(name)}",
-        "Content-Type": "application/json"
-        if name.endswith(".json")
-        else "application/octet-stream",
+        "Content-Type": _TYPES.get(Path(name).suffix, "application/octet-stream"),
         "X-Content-Type-Options": "nosniff",
     }

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import REQUEST_ID, problem_response
 from core.ids import IdPrefix, new_id
 
-UPLOAD_PATHS = frozenset({"/v1/datasets"})
+UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/recommendations"})
 # Room for boundaries, headers and the small fields around an uploaded file.
 MULTIPART_OVERHEAD = 64 * 1024
 
@@ -67,7 +67,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_upload = scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS
+        kind = Headers(scope=scope).get("content-type", "").strip().lower()
+        is_upload = (
+            scope["method"] == "POST"
+            and scope["path"] in UPLOAD_PATHS
+            and not kind.startswith("application/json")
+        )
         limit = self.max_upload_bytes if is_upload else self.max_body_bytes
         told = Headers(scope=scope).get("content-length", "")
         if told.isascii() and told.isdigit() and int(told) > limit:

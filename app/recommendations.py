@@ -7,37 +7,52 @@ from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Prefer, Queue, ReadsJobs, WritesJobs
+from app.dataset_sources import is_json
+from app.datasets import read_dataset, refused_dataset
+from app.deps import (
+    ID_PATTERN,
+    Caller,
+    Config,
+    Db,
+    Lists,
+    PageOf,
+    Patience,
+    Prefer,
+    Queue,
+    ReadsJobs,
+    WritesJobs,
+)
 from app.fine_tuning import (
     Accepted,
     CreateFineTuningJob,
-    DatasetId,
     Metadata,
-    ModelName,
     Seed,
     Suffix,
     queue_fine_tuning,
 )
-from app.job_views import (
-    FineTuningJob,
-)
+from app.job_views import FineTuningJob
 from app.jobs import NoOptions
-from app.queue import relay_now
+from app.keys import Scope
+from app.queue import CeleryQueue, relay_now
+from app.recommendation_bodies import (
+    FIELDS,
+    RECOMMENDATION_BODY,
+    CreateRecommendation,
+    receive_json,
+    store_form,
+)
 from app.recommendation_views import (
     RecommendationMatrix,
     RecommendationView,
     matrix_view,
     recommendation_view,
 )
-from app.responses import (
-    ListOf,
-    conditional,
-    json_response,
-    wait_until,
-)
+from app.responses import ListOf, conditional, json_response, wait_until
+from app.uploads import receive_upload
 from core.errors import Conflict, InvalidInput, NotFound
 from core.hub import resolve
-from core.lifecycle import JobKind
+from core.ids import IdPrefix, new_id
+from core.lifecycle import DatasetStatus, JobKind
 from core.methods import KernelDpo, KernelDpoHyperparameters, KernelDpoMethod
 from core.profile import RankedPair
 from core.settings import Settings
@@ -52,19 +67,6 @@ from models.session import Database
 router = APIRouter(prefix="/recommendations", tags=["recommendations"])
 
 RecommendationId = Annotated[str, Path(pattern=ID_PATTERN)]
-
-
-class CreateRecommendation(SpecModel):
-    """Which data, under which model."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"dataset_id": "ds_01jd", "model": "tiny-lm", "seed": 7}]}
-    )
-
-    dataset_id: DatasetId
-    model: ModelName
-    seed: Seed = 0
-    metadata: Metadata = Field(default_factory=dict)
 
 
 class AcceptRecommendation(SpecModel):
@@ -96,26 +98,71 @@ class AcceptRecommendation(SpecModel):
     status_code=202,
     response_model=RecommendationView,
     responses={200: {"model": RecommendationView, "description": "Done within `Prefer: wait=n`"}},
+    openapi_extra=RECOMMENDATION_BODY,
 )
 async def create_recommendation(
-    caller: WritesJobs,
-    database: Db,
-    queue: Queue,
-    settings: Config,
+    request: Request, caller: WritesJobs, database: Db, queue: Queue, settings: Config,
     prefer: Prefer,
-    body: CreateRecommendation,
-) -> Response:
-    """Queue a recommendation; with `Prefer: wait=n` the answer comes when it is there."""
+) -> Response:  # fmt: skip
+    """Queue a recommendation for a dataset, or for a file that comes with the request.
+
+    With `Prefer: wait=n` the answer comes when it is there. A file is stored and validated as by
+    `POST /v1/datasets`, and refused like there.
+    """
+    if not is_json(request):
+        return await _recommend_upload(request, caller, database, queue, settings, prefer)
     owner = caller.owner_id
+    body = await receive_json(request)
     job_id = await run_in_threadpool(_create, database, owner, body, settings)
     await run_in_threadpool(relay_now, database, queue)
-    done = False
     if prefer is not None:
-        done = await wait_until(lambda: _is_done(database, owner, job_id), prefer.seconds)
-    view = await run_in_threadpool(_read, database, owner, job_id)
+        await wait_until(lambda: _is_done(database, owner, job_id), prefer.seconds)
+    return await run_in_threadpool(_asked_for, database, owner, job_id, prefer)
+
+
+async def _recommend_upload(
+    request: Request,
+    caller: Caller,
+    database: Database,
+    queue: CeleryQueue,
+    settings: Settings,
+    prefer: Patience | None,
+) -> Response:
+    """Store a form's file, and wait for its validation, or as long as the client prefers."""
+    caller.must(Scope.DATASETS_WRITE)
+    owner, dataset_id = caller.owner_id, new_id(IdPrefix.DATASET)
+    upload = await receive_upload(
+        request,
+        settings.upload_dir / dataset_id,
+        max_bytes=settings.api.max_upload_bytes,
+        fields=FIELDS,
+    )
+    job_id = await run_in_threadpool(
+        store_form, database, upload, settings, dataset_id=dataset_id, owner_id=owner
+    )
+    await run_in_threadpool(relay_now, database, queue)
+
+    def is_answered() -> bool:
+        dataset = read_dataset(database, owner, dataset_id)
+        if dataset.error is not None:
+            return True
+        validated = dataset.status is not DatasetStatus.VALIDATING
+        return validated and (prefer is None or _is_done(database, owner, job_id))
+
+    await wait_until(is_answered, settings.api.wait_default_s if prefer is None else prefer.seconds)
+    dataset = await run_in_threadpool(read_dataset, database, owner, dataset_id)
+    if dataset.error is not None and dataset.status is not DatasetStatus.VALIDATING:
+        return refused_dataset(request, dataset, dataset.error, recommendation_id=job_id)
+    return await run_in_threadpool(_asked_for, database, owner, job_id, prefer)
+
+
+def _asked_for(database: Database, owner_id: str, job_id: str, prefer: Patience | None) -> Response:
+    """Return a recommendation that was just asked for: 200 when its end was waited for."""
+    view = _read(database, owner_id, job_id)
     headers = {"Location": f"/v1/recommendations/{job_id}"}
     if prefer is not None:
         headers |= prefer.headers()
+    done = prefer is not None and view.status.is_terminal
     return json_response(view, status=200 if done else 202, headers=headers)
 
 
@@ -231,7 +278,7 @@ def _create(
         DatasetRepository(session).get_usable(owner_id, body.dataset_id)
     spec: dict[str, Any] = {"model": resolve(body.model, settings).model_dump(mode="json")}
     with database.transaction() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
+        DatasetRepository(session).get_usable(owner_id, body.dataset_id, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
             kind=JobKind.RECOMMENDATION,

@@ -41,7 +41,9 @@ from models.repositories.jobs import Fence, JobRepository
 from models.repositories.owners import OwnerRepository
 from models.repositories.steps import StepRepository
 from models.session import Database
-from worker.ingest.pipeline import ingest
+from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, ingest
+from worker.ingest.table_form import write_parquet
+from worker.jobs.validate_dataset import published_files
 
 ROOT = Path(__file__).parents[2]
 MODEL_DIR = ROOT / "examples" / "models"
@@ -128,13 +130,16 @@ class World:
             assert dataset_id is not None
             dataset = DatasetRepository(session).load(dataset_id)
         result = ingest(
-            self.settings.upload_dir / dataset_id,
+            self.settings.upload_dir / dataset.upload_id,
             out_dir=self.settings.artifact_dir / "datasets" / dataset_id,
             dataset_id=dataset_id,
             policy=DatasetPolicy.model_validate(dataset.policy),
             limits=self.settings.data,
             on_progress=lambda _done, _total: None,
         )
+        folder = self.settings.artifact_dir / "datasets" / dataset_id
+        if result.canonical_sha256 is not None:
+            write_parquet(folder / CANONICAL_NAME, folder / PARQUET_NAME, on_part=lambda: None)
         counts = result.report["counts"]
         assert isinstance(counts, dict)
         with self.database.transaction() as session:
@@ -145,6 +150,7 @@ class World:
                 counts=counts,
                 canonical_sha256=result.canonical_sha256,
                 failure=None if result.failure is None else stored_failure(result.failure),
+                files=published_files(folder),
             )
             JobRepository(session).finish(fence, JobStatus.SUCCEEDED, message="validated")
 
