@@ -32,7 +32,7 @@ from core.settings import Settings
 
 # Weights as safetensors, and what a tokenizer needs; never code, never pickles.
 ALLOW_PATTERNS = (
-    "*.safetensors",
+    "*.safetensors",  # first: `fetch_tokenizer` leaves it out
     "*.json",
     "*.jinja",
     "tokenizer.model",
@@ -109,12 +109,25 @@ def fetch(ref: ModelRef, settings: Settings) -> Path:
     return folder
 
 
+def fetch_tokenizer(ref: ModelRef, settings: Settings) -> Path:
+    """Return a folder with the model's tokenizer and configuration; weights are not downloaded.
+
+    Raises:
+        InvalidInput, Unavailable: as `fetch`.
+    """
+    if ref.source == "local":
+        return fetch(ref, settings)
+    return _download(ref, settings, patterns=ALLOW_PATTERNS[1:])
+
+
 def hub_is_on(settings: Settings) -> bool:
     """Whether the hub may be asked: `KDPO_MODELS__HUB_ENABLED`, and not `HF_HUB_OFFLINE`."""
     return settings.models.hub_enabled and not is_offline_mode()
 
 
-def _download(ref: ModelRef, settings: Settings) -> Path:
+def _download(
+    ref: ModelRef, settings: Settings, *, patterns: Sequence[str] = ALLOW_PATTERNS
+) -> Path:
     if ref.repo_id is None or ref.revision is None:
         raise InvalidInput(
             f"model {ref.name!r} has no pinned commit", code="model_not_found", param="model"
@@ -125,7 +138,7 @@ def _download(ref: ModelRef, settings: Settings) -> Path:
             snapshot_download(
                 ref.repo_id,
                 revision=ref.revision,
-                allow_patterns=list(ALLOW_PATTERNS),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(IGNORE_PATTERNS),
                 token=_token(settings),
                 local_files_only=not hub_is_on(settings),

@@ -177,6 +177,18 @@ class DatasetPolicy(ComparisonPolicy):
     on_invalid: Literal["fail", "skip"] = "skip"
     max_invalid_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
     dry_run: bool = Field(default=False, description="read and report, and keep no pairs")
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=500,
+        description="report tokens, truncation and a preview as this model would see the pairs",
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=16,
+        le=131_072,
+        description="tokens per sequence of the jobs to come, for that report; null: their default",
+    )
     split: SplitPolicy = SplitPolicy()
 
     @model_validator(mode="after")
@@ -185,6 +197,14 @@ class DatasetPolicy(ComparisonPolicy):
         twice = sorted({name for name in columns if columns.count(name) > 1})
         if twice:
             raise ValueError(f"column_mapping takes {', '.join(twice)} for more than one field")
+        return self
+
+    @model_validator(mode="after")
+    def _length_of_a_model(self) -> Self:
+        if self.max_length is not None and self.model is None:
+            raise ValueError(
+                "max_length is for the report on tokens, which needs `model`: name one, or drop it"
+            )
         return self
 
     @model_validator(mode="after")

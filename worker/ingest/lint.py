@@ -7,6 +7,7 @@ LENGTH_BIAS_LIMIT = 0.5
 # Below this part of all, the count is shown without a warning.
 NEAR_DUPLICATE_LIMIT = 0.01
 PROMPT_LEAK_LIMIT = 0.01
+TIE_LIMIT = 0.5
 
 Check = dict[str, object]
 
@@ -20,6 +21,7 @@ def lint(tally: Tally) -> list[Check]:
         _tallied("identical_pair", identical, "rows with equal sides were rejected"),
         _tallied("duplicate_pair", tally.duplicates, "repeated pairs were dropped"),
         _tallied("label_conflict", tally.conflicts, "pairs contradict an earlier one; kept"),
+        _ties(tally),
         _part(
             _counted(
                 "near_duplicate",
@@ -67,6 +69,20 @@ def _layout(tally: Tally) -> list[Check]:
             }
         )
     return found
+
+
+def _ties(tally: Tally) -> Check:
+    """Comparisons without a winner, kept or not; most of them may be too many to learn from."""
+    count = tally.left_out.ties + tally.ties_kept
+    of = count + tally.decided
+    return {
+        "check": "tie",
+        "level": "warn" if count > TIE_LIMIT * of else "ok",
+        "count": count,
+        "of": of,
+        "threshold": TIE_LIMIT,
+        "detail": f"comparisons have no winner; {tally.ties_kept} of them are kept in both orders",
+    }
 
 
 def _length_bias(tally: Tally) -> Check:

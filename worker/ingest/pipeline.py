@@ -26,6 +26,7 @@ from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.ingest.layout_common import Grouping
 from worker.ingest.overlap import PromptIndex
 from worker.ingest.pairing import Kept, keep, pairs_of
+from worker.ingest.preview import PairObserver
 from worker.ingest.report import build_report, status_of
 from worker.ingest.rows import JsonObject, parse_row
 from worker.ingest.split import SplitPlan, plan_by_place
@@ -57,6 +58,7 @@ class IngestResult:
     num_pairs: int
     num_prompts: int
     failure: KdpoError | None
+    raw: dict[int, JsonObject] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ def ingest(
     policy: DatasetPolicy,
     limits: DataLimits,
     on_progress: Progress,
+    observer: PairObserver | None = None,
 ) -> IngestResult:
     """Read an upload; write `canonical.jsonl` and `rejected.jsonl` to `out_dir`.
 
@@ -97,6 +100,7 @@ def ingest(
     complete as far as reading went, `failure` says why, and there is no canonical file.
     A dry run differs in its status and in that it writes no canonical file.
     `on_progress(bytes read, bytes in all)` may raise to stop; nothing is left behind then.
+    `observer` gets the pairs, of a dry run, too.
 
     Raises:
         StorageFull: the disk has no room.
@@ -125,6 +129,7 @@ def ingest(
                 policy=policy,
                 tally=tally,
                 on_progress=lambda: on_progress(reader.total_bytes, reader.total_bytes),
+                observer=observer,
             )
     unread = isinstance(failure, UnsupportedMedia)
     return IngestResult(
@@ -142,6 +147,7 @@ def ingest(
         num_pairs=tally.pairs,
         num_prompts=tally.prompts,
         failure=failure,
+        raw=tally.raw,
     )
 
 
@@ -259,6 +265,7 @@ def _handle(parsed: _Parsed, state: _FirstPass) -> None:
         state.rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         return
     tally.ignore(found.ignored)
+    tally.keep_raw(number, parsed.outcome)
     if isinstance(found, Pair):
         kept = Kept()
         keep(found, choice.rules, lines=(number, number), into=kept)
@@ -301,6 +308,8 @@ def _spool(kept: Kept, state: _FirstPass) -> int:
     """Put pairs on disk; return how many."""
     state.tally.left_out += kept.left_out
     for pair, (line, _) in kept.pairs:
+        state.tally.decided += not pair.tie
+        state.tally.ties_kept += pair.tie
         state.pairs.add(canonical_row(pair, line=line, split=Split.TRAIN), tie=pair.tie)
     return len(kept.pairs)
 
@@ -316,6 +325,8 @@ def _settle(state: _FirstPass) -> None:
     _pair_neighbours(state)
     for group in state.answers.groups():
         _pair_group(group, state)
+    # Each has given two pairs.
+    tally.ties_kept //= 2
     tally.unpaired = state.num_grouped - state.num_grouped_used
     tally.converted += state.num_grouped_used
     state.pairs.settle()
@@ -332,11 +343,13 @@ def _publish(
     policy: DatasetPolicy,
     tally: Tally,
     on_progress: Callable[[], None],
+    observer: PairObserver | None,
 ) -> str | None:
     """Write the pairs with their splits; in a dry run and of no dataset only count them."""
     with PromptIndex(out_dir) as prompts:
         sha256: str | None = None
-        run = partial(_second_pass, pairs, tally=tally, prompts=prompts, on_progress=on_progress)
+        run = partial(_second_pass, pairs, tally=tally, prompts=prompts, observer=observer,
+                      on_progress=on_progress)  # fmt: skip
         plan: SplitPlan | None = None
         if is_usable:
             plan = plan_by_place(pairs.prompts, pairs.rank_at, policy.split)
@@ -358,9 +371,12 @@ def _second_pass(
     tally: Tally,
     prompts: PromptIndex,
     on_progress: Callable[[], None],
+    observer: PairObserver | None,
 ) -> str:
     """Count the pairs, and write them with their splits; return the SHA-256 of what was written."""
     checksum = hashlib.sha256()
+    if observer is not None:
+        observer.begin(pairs=tally.pairs, size_bytes=pairs.size_bytes)
     for number, (found, mark) in enumerate(pairs, start=1):
         if number % _PROGRESS_ROWS == 0:
             on_progress()
@@ -374,6 +390,8 @@ def _second_pass(
             tally.split_pairs[row.split] += 1
         tally.accept(row, conflict=mark is Mark.CONFLICT)
         prompts.add(row)
+        if observer is not None:
+            observer.see(row)
         if file is not None:
             data = to_line(row)
             checksum.update(data)

@@ -1,17 +1,15 @@
 """What was found in an upload, as JSON."""
 
-import orjson
-
 from core.errors import KdpoError
 from core.lifecycle import DatasetStatus
 from core.run_spec import DatasetPolicy
-from worker.ingest.canonical import CanonicalRow, Split
+from worker.ingest.canonical import Split
 from worker.ingest.containers import Contents
 from worker.ingest.faults import HINTS
 from worker.ingest.lint import lint
+from worker.ingest.preview import canonical_preview
 from worker.ingest.tally import Tally
 
-_PREVIEW_CHARACTERS = 2000
 _MAX_MEMBERS = 100
 
 
@@ -89,7 +87,15 @@ def build_report(
         "failure": None
         if failure is None
         else {"code": failure.code, "message": failure.message, "hint": failure.hint},
-        "preview": [_preview(row) for row in tally.preview],
+        "preview": [
+            {
+                "why": "first",
+                "raw": tally.raw.get(row.line),
+                "canonical": canonical_preview(row),
+                "rendered": None,
+            }
+            for row in tally.preview
+        ],
     }
 
 
@@ -104,21 +110,3 @@ def _archive(contents: Contents) -> dict[str, object]:
         ],
         "ignored_members": [name[:200] for name in contents.ignored[:_MAX_MEMBERS]],
     }
-
-
-def _preview(row: CanonicalRow) -> dict[str, object]:
-    """Return a row as JSON with long texts cut."""
-    data: dict[str, object] = orjson.loads(orjson.dumps(row))
-    for name in ("prompt", "chosen", "rejected"):
-        data[name] = [
-            {"role": message.role.value, "content": _cut(message.content)}
-            for message in getattr(row, name)
-        ]
-    meta = orjson.dumps(row.meta)
-    if len(meta) > _PREVIEW_CHARACTERS:
-        data["meta"] = {}
-    return data
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _PREVIEW_CHARACTERS else text[:_PREVIEW_CHARACTERS] + "…"

@@ -95,6 +95,7 @@ class PairSpool(TemporaryFiles):
         self._parts = [self.file() for _ in range(_PAIR_PARTS)]
         self._prompts = [0] * _PAIR_PARTS
         self._marks = bytearray()
+        self._size_bytes = 0
 
     def add(self, row: CanonicalRow, *, tie: bool) -> None:
         """Add one pair."""
@@ -110,7 +111,7 @@ class PairSpool(TemporaryFiles):
             )
         )
         self._marks.append(Mark.KEPT)
-        self._lines.write(to_line(row))
+        self._size_bytes += self._lines.write(to_line(row))
 
     def settle(self) -> None:
         """Mark duplicates, pairs beyond the limit of a prompt, and contradictions.
@@ -159,6 +160,11 @@ class PairSpool(TemporaryFiles):
     def count(self, *marks: Mark) -> int:
         """How many pairs have one of these marks."""
         return sum(self._marks.count(mark) for mark in marks)
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the rows of all pairs."""
+        return self._size_bytes
 
     @property
     def prompts(self) -> int:

@@ -11,8 +11,11 @@ from worker.ingest.choice import Choice
 from worker.ingest.faults import HINTS, RowCode, RowFault
 from worker.ingest.overlap import Overlap
 from worker.ingest.pairing import LeftOut
+from worker.ingest.preview import raw_preview
+from worker.ingest.rows import JsonObject
 
 _PREVIEW_ROWS = 3
+_RAW_ROWS = 100
 _MAX_IGNORED_NAMES = 50
 # Short prompts are repeated by chance.
 _MIN_REPEATED = 20
@@ -102,6 +105,10 @@ class Tally:
     lengths: LengthTally = field(default_factory=LengthTally)
     ignored: Counter[str] = field(default_factory=Counter)
     preview: list[CanonicalRow] = field(default_factory=list)
+    # Rows of the upload by line, the first ones that gave a pair; texts cut.
+    raw: dict[int, JsonObject] = field(default_factory=dict)
+    ties_kept: int = 0
+    decided: int = 0
     split_pairs: Counter[Split] = field(default_factory=Counter)
     split_prompts: dict[Split, int] = field(default_factory=dict)
 
@@ -119,6 +126,13 @@ class Tally:
         for name in names:
             if name in self.ignored or len(self.ignored) < _MAX_IGNORED_NAMES:
                 self.ignored[name] += 1
+
+    def keep_raw(self, line: int, row: JsonObject) -> None:
+        """Keep a row of the upload for the preview, if it is one of the first and not long."""
+        if len(self.raw) < _RAW_ROWS:
+            shown = raw_preview(row)
+            if shown is not None:
+                self.raw[line] = shown
 
     def accept(self, row: CanonicalRow, *, conflict: bool) -> None:
         """Count a pair that is kept."""

@@ -10,9 +10,16 @@ import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-from core.errors import FailureCode, KdpoError, RunAborted, TooLarge
+from core.errors import (
+    FailureCode,
+    InvalidInput,
+    KdpoError,
+    NotPermitted,
+    RunAborted,
+    TooLarge,
+)
 from core.lifecycle import DatasetStatus, Phase
 from core.run_spec import DatasetPolicy
 from core.settings import DataLimits
@@ -23,6 +30,7 @@ from worker.context import JobContext
 from worker.ingest.files import full_disk_as_error, sync_folder
 from worker.ingest.limits import apply_process_limits
 from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, IngestResult, ingest
+from worker.ingest.preview import PairObserver
 
 _FOLDER = "dataset"
 
@@ -37,6 +45,13 @@ class _Finding:
     canonical_sha256: str | None
     failure: dict[str, Any] | None
     files: tuple[dict[str, Any], ...] = ()
+
+
+class _Sample(PairObserver, Protocol):
+    """Looks at the pairs with a model's tokenizer."""
+
+    def added_to(self, result: IngestResult) -> IngestResult:
+        """Return the result with what was seen in its report."""
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -102,20 +117,43 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
         context.progress(unit="bytes", done=done, total=total)
         context.raise_if_stopped()
 
+    policy = DatasetPolicy.model_validate(dataset.policy)
+    try:
+        sample = None if policy.model is None else _token_sample(policy, context)
+    except (InvalidInput, NotPermitted) as error:
+        return _without_model(error)
     try:
         _limit_this_process(limits)
         result = ingest(
             source,
             out_dir=context.attempt_dir / _FOLDER,
             dataset_id=dataset.id,
-            policy=DatasetPolicy.model_validate(dataset.policy),
+            policy=policy,
             limits=limits,
             on_progress=on_progress,
+            observer=sample,
         )
         files = _finished_files(context)
     except (MemoryError, TooLarge) as error:
         return _beyond_limits(error, limits)
+    if sample is not None:
+        result = sample.added_to(result)
     return replace(_finding_of(result), files=files)
+
+
+def _token_sample(policy: DatasetPolicy, context: JobContext) -> _Sample:
+    # A dataset job without a model must not load transformers, which loads torch.
+    from worker.jobs.dataset_tokens import open_sample
+
+    return open_sample(policy, context.settings)
+
+
+def _without_model(error: KdpoError) -> _Finding:
+    """The upload stays: another version can name another model."""
+    return _Finding(
+        status=DatasetStatus.INVALID, report={}, counts={}, canonical_sha256=None,
+        failure={**_failure(error), "param": "policy.model"},
+    )  # fmt: skip
 
 
 def _finished_files(context: JobContext) -> tuple[dict[str, Any], ...]:

@@ -11,8 +11,7 @@ from transformers import AutoModel
 from core.errors import FailureCode, RunAborted
 from objectives import PairEmbeddings
 from worker.ingest.canonical import CanonicalRow, Message
-from worker.training.model import positions_of
-from worker.training.tokenize import load_tokenizer
+from worker.training.tokenize import load_tokenizer, positions_of
 
 BATCH = 32
 MAX_TOKENS = 512

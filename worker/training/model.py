@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,7 +33,7 @@ from worker.training.batches import Form
 from worker.training.low_rank import fuse_adapters
 from worker.training.memory import checkpoint_layers, quantization_config
 from worker.training.sharing import choose_attention
-from worker.training.tokenize import load_tokenizer
+from worker.training.tokenize import load_tokenizer, positions_of
 
 log = logging.getLogger("kdpo.training")
 
@@ -180,13 +179,6 @@ class Policy:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
-
-
-def positions_of(config: PreTrainedConfig) -> int | None:
-    """Longest sequence that a configuration has positions for, under whatever name it says so."""
-    # An attribute, not a key: GPT-2 and others store it as n_positions and map the name.
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_policy(

@@ -1,11 +1,11 @@
 """From canonical rows to token ids, as the model's chat template writes them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from core.errors import FailureCode, RunAborted
 from worker.ingest.canonical import CanonicalRow, Message
@@ -38,6 +38,28 @@ class TokenizedPair:
     def length(self) -> int:
         """Tokens of the longer of its two sequences."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """Token ids of one row's three parts; `prompt + chosen` is the conversation as written."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def fitted(self, max_length: int, *, bos: int | None) -> "EncodedRow":
+        """Return what is left of it within `max_length` tokens; see `tokenize_rows`."""
+        longest = max(len(self.chosen), len(self.rejected))
+        room = max(max_length - longest, min(len(self.prompt), max_length // _PROMPT_SHARE))
+        prompt = cut_prompt(self.prompt, room, bos=bos)
+        limit = max_length - len(prompt)
+        return EncodedRow(prompt, self.chosen[:limit], self.rejected[:limit])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a part has no tokens."""
+        return not (self.prompt and self.chosen and self.rejected)
 
 
 @dataclass(frozen=True)
@@ -84,15 +106,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Longest sequence that a configuration has positions for, under whatever name it says so."""
+    # An attribute, not a key: GPT-2 and others store it as n_positions and map the name.
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def tokenize_rows(
-    rows: Iterable[CanonicalRow], *, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Iterable[CanonicalRow],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_row: Callable[[CanonicalRow, EncodedRow], None] | None = None,
 ) -> TokenizedSplit:
     """Tokenise pairs; nothing is longer than `max_length` tokens.
 
     The prompt ends with the template's generation prompt, a response holds everything after it,
     the end-of-turn token included. A prompt loses its beginning first (a quarter of `max_length`
     is left to it, a BOS token stays), then the response its end. Both responses have the same
-    prompt tokens.
+    prompt tokens. `on_row` gets every row as it is before anything is cut or dropped.
 
     Raises:
         RunAborted: the template refuses a conversation (`dataset_invalid`), naming the row.
@@ -100,28 +133,26 @@ def tokenize_rows(
     pairs: list[TokenizedPair] = []
     counts = dict.fromkeys(("prompts", "responses", "identical", "empty"), 0)
     for row in rows:
-        prompt, chosen, rejected = _encode(row, tokenizer)
-        if not (prompt and chosen and rejected):
+        whole = encode_row(row, tokenizer)
+        if on_row is not None:
+            on_row(row, whole)
+        if whole.is_empty:
             counts["empty"] += 1
             continue
-        longest = max(len(chosen), len(rejected))
-        room = max(max_length - longest, min(len(prompt), max_length // _PROMPT_SHARE))
-        if len(prompt) > room:
-            counts["prompts"] += 1
-            prompt = cut_prompt(prompt, room, bos=tokenizer.bos_token_id)
-        limit = max_length - len(prompt)
-        counts["responses"] += (len(chosen) > limit) + (len(rejected) > limit)
-        chosen, rejected = chosen[:limit], rejected[:limit]
-        if chosen == rejected:
+        left = whole.fitted(max_length, bos=tokenizer.bos_token_id)
+        counts["prompts"] += len(left.prompt) < len(whole.prompt)
+        counts["responses"] += len(left.chosen) < len(whole.chosen)
+        counts["responses"] += len(left.rejected) < len(whole.rejected)
+        if left.chosen == left.rejected:
             counts["identical"] += 1
             continue
         pairs.append(
             TokenizedPair(
                 id=row.id,
                 group_id=row.group_id,
-                prompt=tuple(prompt),
-                chosen=tuple(chosen),
-                rejected=tuple(rejected),
+                prompt=tuple(left.prompt),
+                chosen=tuple(left.chosen),
+                rejected=tuple(left.rejected),
                 weight=row.weight,
             )
         )
@@ -148,9 +179,12 @@ def cut_prompt(prompt: list[int], room: int, *, bos: int | None) -> list[int]:
     return prompt[-room:]
 
 
-def _encode(
-    row: CanonicalRow, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int], list[int]]:
+def encode_row(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> EncodedRow:
+    """Return the token ids of a row as the chat template writes it, uncut.
+
+    Raises:
+        RunAborted: the template refuses the conversation (`dataset_invalid`), naming the row.
+    """
     try:
         asked = _render(tokenizer, row.prompt, answer_next=True)
         answered = [
@@ -177,7 +211,7 @@ def _encode(
         # The template opens an answer otherwise than it asks for one (e.g. an empty thought).
         prompt = prompt[:shared]
         chosen, rejected = (ids[shared:] for ids in whole)
-    return prompt, chosen, rejected
+    return EncodedRow(prompt, chosen, rejected)
 
 
 def _render(

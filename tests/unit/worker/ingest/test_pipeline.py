@@ -64,11 +64,15 @@ def test_report_has_the_documented_shape(run, lines, good):
         "identical_pair",
         "duplicate_pair",
         "label_conflict",
+        "tie",
         "near_duplicate",
         "eval_overlap",
         "prompt_leak",
     ]
-    assert report["preview"] == [orjson.loads(to_line(row)) for row in outcome.rows[:3]]
+    shown = [entry["canonical"] for entry in report["preview"]]
+    assert shown == [orjson.loads(to_line(row)) for row in outcome.rows[:3]]
+    assert [entry["raw"] for entry in report["preview"]] == good(40)[:3]
+    assert all(entry["rendered"] is None for entry in report["preview"])
 
 
 def test_dry_run_reports_and_keeps_no_pairs(run, lines, good):
@@ -131,7 +135,7 @@ def test_one_pair_is_too_few(run, lines, good):
     assert outcome.result.failure.code == "too_few_pairs"
     assert "1 distinct pairs; at least 10" in outcome.result.failure.message
     assert outcome.result.num_pairs == 1
-    assert outcome.report["preview"][0]["line"] == 1
+    assert outcome.report["preview"][0]["canonical"]["line"] == 1
 
 
 def test_too_few_prompts(run, lines):
@@ -190,7 +194,9 @@ def test_preview_cuts_long_texts(run, lines, good):
     rows = good(12)
     rows[0]["prompt"] = "p" * 10_000
     rows[0]["meta"] = {"k": "m" * 10_000}
-    preview = run(lines(rows)).report["preview"][0]
+    shown = run(lines(rows)).report["preview"][0]
+    preview = shown["canonical"]
+    assert shown["raw"]["prompt"] == "p" * 2000 + "…"
     assert preview["prompt"][0]["content"] == "p" * 2000 + "…"
     assert preview["meta"] == {}
 
