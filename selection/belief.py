@@ -1,0 +1,267 @@
+"""What the results so far say of every trial at full length: a Gaussian posterior.
+
+In percent of log-loss, the unit of the recommender's scores. At rung k a trial c shows
+
+    y = 100 (-log loss) = level_k + s_k z_c + s_k u + e,
+    z_c = b score_arm + kernel + divergence + pair + h(setting) - h(recommended),
+
+s_k is how much of an effect shows at that length, u what a short run says wrongly, e the noise of
+a seed and of a finite validation set. Levels are free: only trials of the same rung are compared.
+The sizes of all these come from the first rung, which all arms reach, by empirical Bayes: average
+over a grid, weighted by marginal likelihood. A score is believed as far as the first rung bears it
+out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selection.draws import DIMENSIONS, RECOMMENDED, Setting
+from selection.study import Arm, Ended, Plan, Study
+
+Floats = NDArray[np.float64]
+Config = tuple[str, int]
+
+_AT = np.log([0.02, 0.06, 0.2, 1.0])
+_SIGNAL = (0.35, 0.55, 0.8, 1.0)
+_CORRELATION = (0.6, 0.75, 0.9, 1.0)
+_LEVEL_VARIANCE = 1e4
+_SETTING_LENGTH = 1.0
+"""In units of log factors: settings e times apart have a correlation of exp(-1/2)."""
+_SHARED = 0.5
+"""Part of a setting's effect that is the same in all arms."""
+_LEAST_SETTING_SD = 1.0
+_JITTER = 1e-9
+
+_SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0)
+_SPLITS = ((0.05, 0.05, 0.9), (0.2, 0.4, 0.4), (0.1, 0.7, 0.2))
+_SLOPES = (0.0, 0.5, 1.0)
+_NOISES = (0.15, 0.3, 0.6, 1.2)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a prior knows of an arm; plain DPO shares a kernel and a divergence with none."""
+
+    name: str
+    kernel: str
+    divergence: str
+    score: float
+
+    @classmethod
+    def of(cls, arm: Arm) -> "_Named":
+        objective = arm.candidate.objective
+        if arm.is_plain:
+            return cls(arm.name, "plain", "plain", arm.score)
+        return cls(arm.name, objective.kernel_name, objective.divergence_name, arm.score)
+
+
+def signal(fraction: float) -> float:
+    """How much of an effect at full length shows at this fraction of it, s_k in (0, 1].
+
+    From the recorded ladder that the search was designed on: .35, .55, .8, 1 at 2, 6, 20, 100 %.
+    """
+    return float(np.interp(math.log(fraction), _AT, _SIGNAL))
+
+
+def misleading(fraction: float) -> float:
+    """Variance of what a rung says wrongly, u, as a multiple of that of effects: 1/rho^2 - 1.
+
+    rho is the correlation with full length that is left without noise: .6, .75, .9, 1 at the same
+    lengths.
+    """
+    rho = float(np.interp(math.log(fraction), _AT, _CORRELATION))
+    return 1.0 / rho**2 - 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Standard deviations in percent at full length, the slope b of scores, the noise e."""
+
+    spread: float
+    split: tuple[float, float, float]
+    slope: float
+    noise: float
+
+    @property
+    def setting(self) -> float:
+        """Of a setting's effect: tuning is worth about as much as the choice of a pair."""
+        return max(self.spread, _LEAST_SETTING_SD)
+
+
+@dataclass(frozen=True)
+class Belief:
+    """Posterior over trials by (arm, draw): mean (n,) and covariance (n, n), in percent won.
+
+    Only differences mean something; higher is better.
+    """
+
+    configs: tuple[Config, ...]
+    mean: Floats
+    covariance: Floats
+    sizes: Sizes
+
+    @cached_property
+    def index(self) -> dict[Config, int]:
+        """Where each configuration stands."""
+        return {config: i for i, config in enumerate(self.configs)}
+
+    def value(self, config: Config) -> float:
+        """Expected percent at full length, rounded: the last bits are those of a library."""
+        return round(float(self.mean[self.index[config]]), 9)
+
+    def beats(self, config: Config, other: Config, *, by: float) -> float:
+        """P(config is better than other by more than `by` percent at full length)."""
+        i, j = self.index[config], self.index[other]
+        variance = self.covariance[i, i] + self.covariance[j, j] - 2 * self.covariance[i, j]
+        gap = float(self.mean[i] - self.mean[j]) - by
+        return NormalDist().cdf(gap / math.sqrt(max(float(variance), _JITTER)))
+
+
+def believe(plan: Plan, study: Study) -> Belief:
+    """The posterior after all measured results of a study, for its trials and for every arm.
+
+    A pure function of both: the order of results does not matter.
+    """
+    measured = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
+    points = _points(plan, study)
+    configs = tuple(points)
+    index = {config: i for i, config in enumerate(configs)}
+    arms = {arm.name: arm for arm in plan.arms}
+    sizes = _sizes(plan, measured)
+    prior = np.array([sizes.slope * arms[arm].score for arm, _ in configs])
+    named = {name: _Named.of(arm) for name, arm in arms.items()}
+    covariance = _covariance([named[arm] for arm, _ in configs], list(points.values()), sizes)
+    if not measured:
+        return Belief(configs, prior, covariance, sizes)
+    rungs = np.array([ended.task.rung for ended in measured])
+    where = np.array([index[ended.task.trial.config] for ended in measured])
+    y = np.array([_percent(ended) for ended in measured])
+    scale, extra = _rung_terms(plan, sizes)
+    shown = scale[rungs]
+    cross = covariance[:, where] * shown
+    total = cross[where, :] * shown[:, None] + np.diag(extra[rungs])
+    total += _LEVEL_VARIANCE * (rungs[:, None] == rungs[None, :])
+    gain = np.linalg.solve(total, cross.T).T
+    # Levels are far from 0: without the mean of a rung the solve would lose digits to them.
+    residual = y - shown * prior[where]
+    for rung in np.unique(rungs):
+        residual[rungs == rung] -= residual[rungs == rung].mean()
+    return Belief(configs, prior + gain @ residual, covariance - gain @ cross.T, sizes)
+
+
+def _points(plan: Plan, study: Study) -> dict[Config, Setting]:
+    """Every arm at its recommended setting, then every other trial, in one fixed order."""
+    points = {(arm.name, 0): RECOMMENDED for arm in plan.arms}
+    for task in sorted(study.tasks, key=lambda task: task.key):
+        points.setdefault(task.trial.config, task.trial.setting)
+    return points
+
+
+def _percent(ended: Ended) -> float:
+    assert ended.log_loss is not None
+    return -100.0 * math.log(max(ended.log_loss, 1e-6))
+
+
+def _rung_terms(plan: Plan, sizes: Sizes) -> tuple[Floats, Floats]:
+    """s_k and Var(s_k u + e) of every rung, each (rungs,)."""
+    fractions = [step / plan.rungs[-1] for step in plan.rungs]
+    scale = np.array([signal(fraction) for fraction in fractions])
+    wrong = np.array([misleading(fraction) for fraction in fractions])
+    return scale, scale**2 * wrong * sizes.spread**2 + sizes.noise**2
+
+
+def _covariance(arms: Sequence[_Named], settings: Sequence[Setting], sizes: Sizes) -> Floats:
+    """Prior covariance (n, n) of the effects of arms at settings, percent squared."""
+    same = _same_parts(arms)
+    share = np.array(sizes.split)
+    pairs: Floats = sizes.spread**2 * np.tensordot(share, same, axes=1)
+    points = np.array([setting.point for setting in settings])
+    if not points.any():
+        return pairs
+    origin = np.zeros((1, DIMENSIONS))
+    at_origin = _nearness(points, origin)
+    # The effect of a setting is relative to the recommended one, where it is 0.
+    tuned = _nearness(points, points) - at_origin - at_origin.T + 1.0
+    found: Floats = pairs + sizes.setting**2 * tuned * (_SHARED + (1.0 - _SHARED) * same[2])
+    return found
+
+
+def _same_parts(arms: Sequence[_Named]) -> Floats:
+    """Which share a kernel, a divergence, or are the same arm: (3, n, n) of 0 and 1."""
+    names = (
+        [arm.kernel for arm in arms],
+        [arm.divergence for arm in arms],
+        [arm.name for arm in arms],
+    )
+    return np.stack([np.equal.outer(a, a).astype(np.float64) for a in map(np.array, names)])
+
+
+def _nearness(a: Floats, b: Floats) -> Floats:
+    square = np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=2)
+    found: Floats = np.exp(-0.5 * square / _SETTING_LENGTH**2)
+    return found
+
+
+def _sizes(plan: Plan, measured: Sequence[Ended]) -> Sizes:
+    """Empirical Bayes on the first rung's results at recommended settings."""
+    first = [
+        ended
+        for ended in measured
+        if ended.task.rung == 0 and ended.task.trial.draw == 0 and ended.task.trial.repeat == 0
+    ]
+    arms = tuple(_Named.of(plan.arm(ended.task.trial.arm)) for ended in first)
+    return _fitted(arms, tuple(_percent(ended) for ended in first), plan.rungs[0] / plan.rungs[-1])
+
+
+@lru_cache(maxsize=256)
+def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], fraction: float) -> Sizes:
+    """Posterior mean of the sizes over a grid with equal prior weights.
+
+    log N(y - s b score; 0, s^2 (spread^2 (parts + 1/rho^2 - 1) ) + noise^2), the level free.
+    """
+    grid = list(itertools.product(_SPREADS, _SPLITS, _SLOPES, _NOISES))
+    weights = np.full(len(grid), 1.0 / len(grid))
+    if len(arms) >= 3:
+        logs = _log_likelihoods(arms, np.array(percents), signal(fraction), misleading(fraction))
+        weights = np.exp(logs - logs.max())
+        weights /= weights.sum()
+    spreads, splits, slopes, noises = zip(*grid, strict=True)
+    split = weights @ np.array(splits)
+    return Sizes(
+        spread=math.sqrt(float(weights @ np.square(spreads))),
+        split=(float(split[0]), float(split[1]), float(split[2])),
+        slope=float(weights @ np.array(slopes)),
+        noise=math.sqrt(float(weights @ np.square(noises))),
+    )
+
+
+def _log_likelihoods(arms: Sequence[_Named], y: Floats, shown: float, wrong: float) -> Floats:
+    """Log marginal likelihoods (grid,) in the order of the grid; the rung's level is projected out.
+
+    With an orthonormal basis of what is orthogonal to 1, level and all, the spread and split share
+    an eigenbasis over noises: one decomposition for each split.
+    """
+    n = len(arms)
+    basis = np.linalg.svd(np.ones((1, n)))[2][1:]
+    scores = np.array([arm.score for arm in arms])
+    rests = np.stack([basis @ (y - shown * slope * scores) for slope in _SLOPES])
+    same = _same_parts(arms)
+    found = np.empty((len(_SPREADS), len(_SPLITS), len(_SLOPES), len(_NOISES)))
+    for column, split in enumerate(_SPLITS):
+        parts = np.tensordot(np.array(split), same, axes=1) + wrong * np.eye(n)
+        values, vectors = np.linalg.eigh(basis @ parts @ basis.T)
+        squares = (rests @ vectors) ** 2
+        for row, spread in enumerate(_SPREADS):
+            for depth, noise in enumerate(_NOISES):
+                variance = shown**2 * spread**2 * np.maximum(values, 0.0) + noise**2
+                found[row, column, :, depth] = -0.5 * (
+                    np.log(variance).sum() + (squares / variance).sum(axis=1)
+                )
+    return found.reshape(-1)

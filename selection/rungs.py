@@ -1,0 +1,269 @@
+"""The search as a pure function: (plan, what is known) -> what to do next.
+
+All recommended arms are screened at the first rung, in the order of the recommendation; the best
+by posterior go on to longer rungs (successive halving: Jamieson & Talwalkar 2016; asynchronous:
+Li et al., "A System for Massively Parallel Hyperparameter Tuning", 1810.05934), each from where it
+stopped; settings are drawn inside the leading arms; plain DPO is tuned with as many draws and goes
+all the way; the last ones are repeated with a second seed where they are too close to tell.
+
+Nothing is remembered between calls and nothing is drawn from a global generator: whoever asks, in
+whatever process, after whatever crash, gets the same answer for the same study. Callers serialise
+"ask, then write the task" per study; between two such turns any number of workers may train.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from core.run_spec import CandidateSpec
+from selection.draws import RECOMMENDED, active_dimensions, draw
+from selection.standing import Standing, candidate_of
+from selection.study import (
+    Action,
+    Arm,
+    Ended,
+    Origin,
+    Plan,
+    Stop,
+    StoppedBy,
+    Study,
+    Task,
+    Trial,
+    Wait,
+)
+
+MATTERS = 0.5
+"""Percent of log-loss that a search goes on for."""
+DOUBT = 0.05
+_BEST_FOR_DRAWS = 3
+_Z90 = 1.6448536269514722
+
+
+def decide(plan: Plan, study: Study) -> Action:
+    """Say what a free worker should do now.
+
+    The same plan and study give the same action, however results are ordered. A task that is in
+    the study is never started again, except a waiting one, which comes first. What does not fit
+    into the budget is not started: neither its expected cost into the budget, nor its limit into
+    1.02 times it, both with everything that runs. Plain DPO's and one finalist's way to the end
+    are kept free.
+
+    Raises:
+        InvalidInput: the study has tasks that the plan cannot have.
+    """
+    now = Standing(plan, study)
+    if study.waiting:
+        first = min(study.waiting, key=lambda task: (task.rung, task.key))
+        if (start := now.start(first, "its worker was lost, or a person asked for it")) is not None:
+            return start
+    refused = False
+    for wanted in _wanted(now):
+        if isinstance(wanted, Stop):
+            return Wait("the last tasks are running") if study.running else wanted
+        task, reason = wanted
+        if (start := now.start(task, reason)) is not None:
+            return start
+        refused = True
+    if study.running:
+        return Wait("what comes next depends on what is running")
+    if refused or study.waiting:
+        return Stop(StoppedBy.BUDGET, f"nothing that is left fits into the budget; {now.money}")
+    return Stop(StoppedBy.FINISHED, f"all of the plan is done; {now.money}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best there is at this moment, and those it may be compared with.
+
+    `rung` is how far they have come, None before any result: then `trial` is the first arm's.
+    `compared` holds every measured task of that rung within the drift budget.
+    """
+
+    trial: Trial
+    candidate: CandidateSpec
+    rung: int | None
+    log_loss: float | None
+    compared: tuple[Ended, ...]
+
+
+def answer(plan: Plan, study: Study) -> Answer:
+    """The answer if the search ended now; there is one at any time.
+
+    Taken from the highest rung that any arm besides plain DPO has reached within the drift budget
+    (or plain DPO alone); of it the lowest mean log-loss over seeds. Who needs ties and drift goes
+    by `compared` and `select_winner`.
+    """
+    now = Standing(plan, study)
+    fine = [ended for ended in now.measured if now.is_feasible(ended)]
+    others = [ended for ended in fine if not plan.arm(ended.task.trial.arm).is_plain]
+    if not fine:
+        arms = plan.screened
+        arm = arms[1] if len(arms) > 1 else arms[0]
+        return Answer(_first_trial(arm), arm.candidate, None, None, ())
+    rung = max(ended.task.rung for ended in others or fine)
+    compared = tuple(ended for ended in fine if ended.task.rung == rung)
+    losses = {ended.task.trial.config: _mean_loss(compared, ended) for ended in compared}
+    best = min(compared, key=lambda ended: (losses[ended.task.trial.config], ended.task.key))
+    trial = best.task.trial
+    return Answer(trial, candidate_of(plan, trial), rung, losses[trial.config], compared)
+
+
+def _mean_loss(compared: Sequence[Ended], one: Ended) -> float:
+    config = one.task.trial.config
+    return fmean(
+        e.log_loss for e in compared if e.task.trial.config == config and e.log_loss is not None
+    )
+
+
+def _first_trial(arm: Arm) -> Trial:
+    origin = Origin.BASELINE if arm.is_plain else Origin.SCREEN
+    return Trial(arm.name, 0, 0, RECOMMENDED, origin)
+
+
+# ------------------------------------------------------------ what is wanted
+
+Wanted = tuple[Task, str] | Stop
+
+
+def _wanted(now: Standing) -> Iterator[Wanted]:
+    """Everything that could be started now, the best first; Stop where the rest is not worth it.
+
+    Lower rungs come first: what is known there decides who goes on. A worker that would be idle
+    goes up with the part of a rung that has ended.
+    """
+    plan = now.plan
+    for arm in plan.screened:
+        if not now.has((arm.name, 0), 0):
+            yield Task(_first_trial(arm), 0, 0), "every arm is screened"
+    if plan.draw_rung == 0:
+        yield from _drawn(now)
+    for rung in range(1, plan.last + 1):
+        if rung == plan.last and (stop := _decided(now)) is not None:
+            yield stop
+        yield from _promoted(now, rung)
+        if rung == plan.draw_rung:
+            yield from _drawn(now)
+    if (stop := _decided(now)) is not None:
+        yield stop
+    yield from _repeated(now)
+
+
+def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
+    """Trials that go on to a rung: the best of the rung below, and the best of plain DPO."""
+    plan, start = now.plan, now.plan.rungs[rung - 1]
+    plain = plan.plain.name
+    below = now.at(rung - 1)
+    ahead = {
+        task.trial.key for task in now.tasks.values() if task.rung == rung and task.start == start
+    }
+    taken = sum(arm != plain and not repeat for arm, _, repeat in ahead)
+    left = now.allowed(plan.shape.kept[rung - 1], rung) - taken
+    rivals = [ended for ended in below if ended.task.trial.arm != plain]
+    going = [e for e in rivals if e.task.trial.key not in ahead][: max(left, 0)]
+    for ended in going:
+        yield Task(ended.task.trial, rung, start), f"among the best at step {start}"
+    best = [ended for ended in below if ended.task.trial.arm == plain]
+    started = any(arm == plain and not repeat for arm, _, repeat in ahead)
+    open_plain = any(
+        running.task.trial.arm == plain and running.task.rung < rung
+        for running in now.study.running
+    )
+    if best and not started and not open_plain:
+        yield Task(best[0].task.trial, rung, start), "plain DPO is always in the race"
+
+
+def _drawn(now: Standing) -> Iterator[Wanted]:
+    """The next drawn setting of each leading arm and of plain DPO, fewest draws first."""
+    plan, shape = now.plan, now.plan.shape
+    if not shape.draws:
+        return
+    screened = now.at(0)
+    order = list(dict.fromkeys(e.task.trial.arm for e in screened))
+    plain = plan.plain.name
+    drawn = {arm for arm in (a.name for a in plan.arms) if now.draws_of(arm)} - {plain}
+    by_value = [arm for arm in order if arm != plain]
+    allowed = now.allowed(shape.leading, 1) if plan.draw_rung else _of_first(now, shape.leading)
+    leading = [arm for arm in by_value if arm in drawn]
+    leading += [arm for arm in by_value if arm not in drawn]
+    leading = leading[: max(allowed, len(drawn))]
+    arms = leading + ([plain] if any(e.task.trial.arm == plain for e in screened) else [])
+    for arm in sorted(arms, key=lambda arm: len(now.draws_of(arm))):
+        drawn_trials = now.draws_of(arm)
+        own = [trial for trial in drawn_trials if trial.origin is not Origin.HAND]
+        if len(own) < shape.draws and (trial := _next_draw(now, plan.arm(arm))) is not None:
+            yield Task(trial, plan.draw_rung, 0), f"{arm} leads, and its strengths are tuned"
+
+
+def _of_first(now: Standing, number: int) -> int:
+    """As `allowed`, where settings are drawn at the first rung itself."""
+    names = {arm.name for arm in now.plan.screened}
+    screen = [key for key in now.tasks if key[0] in names and key[1:] == (0, 0, 0)]
+    done = sum(e.task.key in screen for e in now.study.ended)
+    return number * done // max(len(screen), 1)
+
+
+def _next_draw(now: Standing, arm: Arm) -> Trial | None:
+    """The next drawn trial of an arm; None where a pool has none left."""
+    plan = now.plan
+    drawn = now.draws_of(arm.name)
+    number = 1 + max((trial.draw for trial in drawn), default=0)
+    best = [
+        ended.task.trial.setting
+        for ended in now.at(plan.draw_rung)
+        if ended.task.trial.arm == arm.name
+    ]
+    found = draw(
+        seed=f"{plan.seed}:{arm.name}:{number}",
+        dimensions=active_dimensions(arm.candidate),
+        rung=plan.draw_rung,
+        best=best[:_BEST_FOR_DRAWS],
+        tried=[RECOMMENDED, *(trial.setting for trial in drawn)],
+        pool=plan.pool,
+    )
+    if found is None:
+        return None
+    setting, density = found
+    return Trial(arm.name, number, 0, setting, Origin(density.value))
+
+
+def _repeated(now: Standing) -> Iterator[Wanted]:
+    """A second seed for the first finalists, where the best two are too close to tell."""
+    plan = now.plan
+    final = now.at(plan.last)
+    if plan.shape.repeats == 0 or len(final) < 2 or now.open_below(plan.last + 1):
+        return
+    final = sorted(final, key=lambda e: (e.log_loss, e.task.key))
+    first, second = (-100.0 * math.log(e.log_loss) for e in final[:2] if e.log_loss)
+    if first - second > _Z90 * math.sqrt(2.0) * now.belief.sizes.noise:
+        return
+    for ended in final[: plan.shape.repeats]:
+        trial = ended.task.trial
+        again = Trial(trial.arm, trial.draw, 1, trial.setting, Origin.REPEAT)
+        if not now.has(trial.config, plan.last, repeat=1):
+            yield Task(again, plan.last, 0), "finalists are too close to tell from one seed"
+
+
+def _decided(now: Standing) -> Stop | None:
+    """Stop when what is unfinished would hardly beat the leader at full length.
+
+    sum over unfinished trials of P(better by more than 0.5 %) < 5 %: the union bound on the
+    probability that any is. Only once the leader and plain DPO have come to the end themselves.
+    """
+    plan, final = now.plan, now.at(now.plan.last)
+    plain = plan.plain.name
+    tried_plain = any(t.trial.arm == plain and t.rung == plan.last for t in now.tasks.values())
+    rivals = [ended for ended in final if ended.task.trial.arm != plain]
+    if not rivals or not tried_plain:
+        return None
+    leader = final[0].task.trial.config
+    finished = {ended.task.trial.config for ended in final}
+    alive = {e.task.trial.config for rung in range(plan.last) for e in now.at(rung)} - finished
+    chances = [now.belief.beats(config, leader, by=MATTERS) for config in sorted(alive)]
+    if math.fsum(chances) >= DOUBT:
+        return None
+    return Stop(
+        StoppedBy.DECIDED,
+        f"the chance that any unfinished trial is better by {MATTERS} % of log-loss is "
+        f"{math.fsum(chances):.1%}; {now.money}",
+    )

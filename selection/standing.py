@@ -1,0 +1,143 @@
+"""Where a search stands: a plan and a study, with what follows from both, and what they can pay."""
+
+import math
+from functools import cached_property
+
+from core.errors import InvalidInput
+from core.run_spec import CandidateSpec
+from selection.belief import Belief, Config, believe
+from selection.draws import candidate_at
+from selection.quote import Costs, costs_of
+from selection.study import HARD_LIMIT, Ended, Plan, Start, Study, Task, Trial
+
+_RESERVE_AT_MOST = 0.5
+
+
+def candidate_of(plan: Plan, trial: Trial) -> CandidateSpec:
+    """What a trial trains."""
+    return candidate_at(plan.arm(trial.arm).candidate, trial.setting)
+
+
+class Standing:
+    """A plan and a study with what follows from both, each computed once."""
+
+    def __init__(self, plan: Plan, study: Study) -> None:
+        self.plan = plan
+        self.study = study
+        self.tasks = {task.key: task for task in study.tasks}
+        self.measured = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
+        self.trials = {task.trial.key: task.trial for task in self.tasks.values()}
+        for task in self.tasks.values():
+            plan.arm(task.trial.arm)
+            if not 0 <= task.rung <= plan.last:
+                raise InvalidInput(
+                    f"task {task.key} is at rung {task.rung}; the plan has 0 to {plan.last}"
+                )
+
+    @cached_property
+    def belief(self) -> Belief:
+        return believe(self.plan, self.study)
+
+    @cached_property
+    def costs(self) -> Costs:
+        return costs_of(self.plan, self.study)
+
+    @property
+    def money(self) -> str:
+        """What was spent, in words."""
+        limit = self.plan.budget.gpu_seconds
+        of = "" if limit is None else f" of {limit:.0f}"
+        return f"{self.study.spent_seconds:.0f}{of} device seconds are spent"
+
+    def is_feasible(self, ended: Ended) -> bool:
+        """Measured, and within the drift budget."""
+        limit = self.plan.drift_budget
+        kept = limit is None or (ended.drift is not None and ended.drift <= limit)
+        return ended.is_measured and kept
+
+    def at(self, rung: int) -> list[Ended]:
+        """Feasible results of a rung, first seeds only; best expected at full length first."""
+        found = [
+            ended
+            for ended in self.measured
+            if ended.task.rung == rung and not ended.task.trial.repeat and self.is_feasible(ended)
+        ]
+        return sorted(found, key=lambda e: (-self.belief.value(e.task.trial.config), e.task.key))
+
+    def open_below(self, rung: int) -> int:
+        """Tasks of lower rungs that have not ended."""
+        open_tasks = [running.task for running in self.study.running] + list(self.study.waiting)
+        return sum(task.rung < rung for task in open_tasks)
+
+    def allowed(self, number: int, rung: int) -> int:
+        """How many of `number` may go on to a rung while tasks before it still run.
+
+        All when none does; else the part of the rung below that has ended, rounded down: the best
+        1/eta of those that are done (1810.05934).
+        """
+        running = self.open_below(rung)
+        if not running:
+            return number
+        done = sum(ended.task.rung == rung - 1 for ended in self.study.ended)
+        return number * done // (done + running)
+
+    def has(self, config: Config, rung: int, *, repeat: int = 0) -> bool:
+        return (*config, repeat, rung) in self.tasks
+
+    def draws_of(self, arm: str) -> list[Trial]:
+        """The drawn settings of an arm, in the order of their numbers."""
+        found = [t for t in self.trials.values() if t.arm == arm and t.draw and not t.repeat]
+        return sorted(found, key=lambda trial: trial.draw)
+
+    # --------------------------------------------------------------- budget
+
+    def start(self, task: Task, reason: str) -> Start | None:
+        """The task as an action, or None where it does not fit into the budget."""
+        plan, study, expected = self.plan, self.study, self.costs.task(task)
+        budget, limit = plan.budget, self.costs.limit(expected)
+        if budget.trials is not None and task.key not in self.tasks:
+            is_new = task.trial.key not in self.trials
+            if is_new and len(self.trials) >= budget.trials:
+                return None
+        if budget.gpu_seconds is not None:
+            going = math.fsum(self.costs.task(running.task) for running in study.running)
+            reserve = self.reserve(task, budget.gpu_seconds)
+            if study.spent_seconds + going + expected + reserve > budget.gpu_seconds:
+                return None
+            promised = math.fsum(running.limit_seconds for running in study.running)
+            room = HARD_LIMIT * budget.gpu_seconds - study.spent_seconds - promised
+            if room < expected:
+                return None
+            limit = min(limit, room)
+        if budget.deadline_seconds is not None:
+            left = budget.deadline_seconds - study.elapsed_seconds
+            if left < expected:
+                return None
+            limit = min(limit, HARD_LIMIT * budget.deadline_seconds - study.elapsed_seconds)
+        return Start(
+            task=task,
+            candidate=candidate_of(plan, task.trial),
+            stop=plan.rungs[task.rung],
+            expected_seconds=expected,
+            limit_seconds=limit,
+            reason=reason,
+        )
+
+    def reserve(self, task: Task, seconds: float) -> float:
+        """What has to be left after `task` for the last rung: one finalist's and plain DPO's way.
+
+        At most half of the budget: a small one buys knowledge first. Nothing for tasks that go to
+        the last rung themselves.
+        """
+        plan = self.plan
+        if task.rung == plan.last:
+            return 0.0
+        at_end = [t for t in self.tasks.values() if t.rung == plan.last]
+        there = {t.trial.arm == plan.plain.name for t in at_end}
+        start = plan.rungs[plan.last - 1]
+        needed = 0.0
+        if True not in there:
+            needed += self.costs.seconds(plan.plain.name, start=start, stop=plan.rungs[-1])
+        if False not in there:
+            needed += self.costs.seconds(task.trial.arm, start=start, stop=plan.rungs[-1])
+        return min(needed, _RESERVE_AT_MOST * seconds)
