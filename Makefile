@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection golden serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -79,6 +79,11 @@ bench-train: setup ## Time training against TRL's DPOTrainer (minutes; FULL=1: m
 bench-selection: setup ## Compare recommendations with trained rankings (FULL=1: measure)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.selection $(if $(FULL),--full) \
 	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+
+# FULL=1 measures the sizes that the kept table lacks (half an hour); it can be stopped and goes on.
+# DATA=folder has hh-harmless.jsonl.gz; without it another folder is tried, then the shipped sample.
+bench-recommend: setup ## Time a recommendation from its upload on (a minute; FULL=1: all sizes)
+	@$(BIN)/python -m bench.recommend $(if $(FULL),--full) $(if $(DATA),--data $(DATA))
 
 golden: setup ## Write the golden trajectory anew (say in the commit why the numbers moved)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.unit.worker.training.golden

@@ -5,13 +5,14 @@ It dies with its supervisor, works, and leaves `outcome.json`; the supervisor wr
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, assert_never
@@ -142,11 +143,13 @@ def _dispatch(context: JobContext) -> dict[str, Any]:
         case JobKind.DATASET:
             return validate_dataset.run(context)
         case JobKind.RECOMMENDATION:
-            from worker.jobs import recommend
+            with _importing():
+                from worker.jobs import recommend
 
             return recommend.run(context)
         case JobKind.TRAINING:
-            from worker.jobs import fine_tune
+            with _importing():
+                from worker.jobs import fine_tune
 
             return fine_tune.run(context)
         case JobKind.EXPORT:
@@ -155,6 +158,20 @@ def _dispatch(context: JobContext) -> dict[str, Any]:
             return export.run(context)
         case _:
             assert_never(context.job.kind)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import without looking for garbage: torch and transformers make millions of lasting objects.
+
+    They are left out of all later collections too; on a CPU this saves a seventh of the imports.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _failure(context: JobContext, raised: Exception) -> JobFailure:

@@ -1,5 +1,6 @@
 """Measures a dataset under a model and ranks the kernel–divergence pairs; trains nothing."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from core.profile import DatasetProfile, Recommendation
 from core.run_spec import TrainSpec
 from models.repositories.experiments import ExperimentRepository
 from selection.history import refine
+from selection.metrics.noise import LabelFacts, Origin
 from selection.profile import MAX_PAIRS, profile_dataset, sampled_rows
 from selection.recommender import recommend
 from worker.context import JobContext
@@ -28,8 +30,25 @@ _METRICS_BEGIN = 0.8
 _EARLY_SHARE = 0.1
 
 
+class Laps:
+    """Where the time of a job goes: seconds by part, in the order in which parts begin."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def end(self, part: str) -> None:
+        """Count the time since the last part's end to this one."""
+        now = time.monotonic()
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._since, 3)
+        self._since = now
+
+
 def run(context: JobContext) -> dict[str, Any]:
     """Do one recommendation job; the result names the stored recommendation.
+
+    `seconds` in it are those of the attempt that has made it: `model` to load, `tokenize`,
+    `provisional` for the whole early answer, `reference`, `metrics`, `rank`, `store`.
 
     Raises:
         RunAborted: model or data cannot be used.
@@ -40,12 +59,17 @@ def run(context: JobContext) -> dict[str, Any]:
     done = context.step_result("recommend")
     if done is not None:
         return done
-    bench = open_workbench(context, spec=TrainSpec(), splits=(Split.TRAIN,))
+    laps = Laps()
+    bench = open_workbench(context, spec=TrainSpec(), splits=())
+    laps.end("model")
+    bench.load_split(Split.TRAIN)
+    laps.end("tokenize")
     for warning in bench.warnings:
         context.warn(warning)
     with context.step("recommend") as result:
         check_prompts(bench.pairs[Split.TRAIN])
-        result["recommendation_id"] = _recommend_from_sample(bench)
+        result["recommendation_id"] = _recommend_from_sample(bench, laps)
+        result["seconds"] = laps.seconds
     return dict(result)
 
 
@@ -61,7 +85,10 @@ def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommend
     check_prompts(pairs)
     bench.context.phase(Phase.COMPUTING_METRICS)
     table = bench.reference(Span(span.start, span.at(_METRICS_BEGIN)))
-    recommendation = _ranked(bench, profile_dataset(table.features(pairs), seed=bench.seed))
+    profile = profile_dataset(
+        table.features(pairs), seed=bench.seed, labels=_label_facts(bench, pairs)
+    )
+    recommendation = _ranked(bench, profile)
     return _store(bench, recommendation), recommendation
 
 
@@ -79,7 +106,7 @@ def check_prompts(pairs: Sequence[TokenizedPair]) -> None:
         )
 
 
-def _recommend_from_sample(bench: Workbench) -> str:
+def _recommend_from_sample(bench: Workbench, laps: Laps) -> str:
     """Run the reference over what will be measured, and no more; answer early where that is long.
 
     The early answer is of a part of the same sample, by the same rule, and says so.
@@ -89,8 +116,12 @@ def _recommend_from_sample(bench: Workbench) -> str:
     if len(_drawn(bench, MAX_PAIRS)) > PROVISIONAL_ABOVE:
         early = Span(span.start, span.at(_EARLY_SHARE))
         span = Span(early.end, span.end)
-        _store(bench, _provisional(_measured(bench, PROVISIONAL_PAIRS, early)))
-    return _store(bench, _measured(bench, MAX_PAIRS, span))
+        _store(bench, _provisional(_measured(bench, PROVISIONAL_PAIRS, early, Laps())))
+        laps.end("provisional")
+    recommendation = _measured(bench, MAX_PAIRS, span, laps)
+    recommendation_id = _store(bench, recommendation)
+    laps.end("store")
+    return recommendation_id
 
 
 def _drawn(bench: Workbench, limit: int) -> list[TokenizedPair]:
@@ -99,21 +130,48 @@ def _drawn(bench: Workbench, limit: int) -> list[TokenizedPair]:
     return [pairs[row] for row in sampled_rows(group, limit=limit, seed=bench.seed).tolist()]
 
 
-def _measured(bench: Workbench, limit: int, span: Span) -> Recommendation:
+def _measured(bench: Workbench, limit: int, span: Span, laps: Laps) -> Recommendation:
     pairs, sample = bench.pairs[Split.TRAIN], _drawn(bench, limit)
+    table = bench.reference_of(sample, span)
+    laps.end("reference")
     profile = profile_dataset(
-        bench.reference_of(sample, span).features(sample),
+        table.features(sample),
         seed=bench.seed,
         max_pairs=limit,
         drawn_from=(len(pairs), len({pair.group_id for pair in pairs})),
+        labels=_label_facts(bench, sample),
     )
-    return _ranked(bench, profile)
+    laps.end("metrics")
+    recommendation = _ranked(bench, profile)
+    laps.end("rank")
+    return recommendation
+
+
+def _label_facts(bench: Workbench, pairs: Sequence[TokenizedPair]) -> LabelFacts:
+    """Where the pairs are from, and how many of the dataset validation saw contradicted."""
+    rows = {row.id: row for row in bench.rows[Split.TRAIN]}
+    report = bench.dataset.report or {}
+    conflicts = [
+        check["count"] for check in report.get("lint", ()) if check["check"] == "label_conflict"
+    ]
+    of = report.get("counts", {}).get("pairs", 0)
+    return LabelFacts(
+        origins=tuple(
+            Origin(id=pair.id, line=rows[pair.id].line, margin=rows[pair.id].margin)
+            for pair in pairs
+        ),
+        contradictions=sum(conflicts),
+        contradictions_of=of if conflicts else 0,
+    )
 
 
 def _ranked(bench: Workbench, profile: DatasetProfile) -> Recommendation:
     """Rank with the metrics, the prior table and what the owner's finished searches say."""
     history = refine(profile, model=bench.model.name, past=past_searches(bench.context))
-    return recommend(profile, history=history)
+    found = recommend(profile, history=history)
+    look = bench.looks[Split.TRAIN]
+    data = look.report(pairs=look.measured, rule="all pairs of the training split")
+    return found.model_copy(update={"data": data})
 
 
 def _provisional(found: Recommendation) -> Recommendation:
