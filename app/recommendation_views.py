@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.job_views import JobError, Progress, QueuePlace, job_error, progress_view
 from app.responses import Schema, unix
+from core.data_report import TokenReport
 from core.lifecycle import JobStatus
 from core.profile import Choice, DatasetProfile, Estimate, HistoryUse, RankedPair, Recommendation
 from core.run_spec import CandidateSpec
@@ -82,6 +83,9 @@ class RecommendationView(Schema):
     recommendation: Answer | None
     ranking: list[RankedPair]
     evidence: DatasetProfile | None
+    data: TokenReport | None = Field(
+        description="the training split as the model's tokenizer sees it"
+    )
     metadata: dict[str, str]
     error: JobError | None
 
@@ -110,6 +114,7 @@ def recommendation_view(
         recommendation=None if found is None else _answer(found),
         ranking=[] if found is None else list(found.ranking),
         evidence=None if found is None else found.profile,
+        data=None if found is None else found.data,
         metadata=job.labels,
         error=None if on_the_way else job_error(job.error),
     )

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from core.data_report import TokenReport
 from core.spec import MixtureWeights, ObjectiveSpec, SpecModel
 
 
@@ -43,6 +44,44 @@ class ReferenceMetrics(SpecModel):
     length_bias: Estimate = Field(description="Cohen's d of chosen against rejected token counts")
 
 
+class SuspiciousPair(SpecModel):
+    """A pair whose label the geometry contradicts."""
+
+    id: str
+    line: int = Field(description="its row in the upload")
+    score: float = Field(description="held-out score, below 0: the rejected answer looks better")
+    margin: float | None = Field(description="of the source, where it gives one")
+
+
+class LabelNoise(SpecModel):
+    """What can be said of wrong labels (docs/selection.md)."""
+
+    verdict: Literal["estimate", "bound", "cannot_tell"] = Field(
+        description="estimate: `flip_rate` is pinned down; bound: only `at_most` is; cannot_tell: "
+        "the features predict no preference"
+    )
+    accuracy: Estimate = Field(description="of held-out scores against the labels")
+    at_most: float | None = Field(
+        ge=0.0,
+        le=1.0,
+        description="largest share of flipped labels that this accuracy leaves room for, with its "
+        "interval; null: cannot tell",
+    )
+    flip_rate: Estimate | None = Field(
+        description="share of labels turned round at random that explains the errors that stay "
+        "where the scores are surest; null: not pinned down"
+    )
+    contradictions: int = Field(
+        description="pairs of the dataset that an earlier one contradicts outright, kept ties aside"
+    )
+    contradictions_of: int
+    suspicious: tuple[SuspiciousPair, ...] = Field(
+        description="those of the measured pairs that the scores contradict most, at most 20; "
+        "empty: cannot tell"
+    )
+    sentence: str
+
+
 class DatasetProfile(SpecModel):
     """All metrics of one dataset under one reference model."""
 
@@ -62,6 +101,7 @@ class DatasetProfile(SpecModel):
         description="mixtures of other weights than the even ones of `hmk` in `kernels`"
     )
     reference: ReferenceMetrics
+    noise: LabelNoise | None = Field(default=None, description="null: measured before this was")
 
 
 class Lead(SpecModel):
@@ -142,3 +182,6 @@ class Recommendation(SpecModel):
     summary: str
     ranking: tuple[RankedPair, ...]
     profile: DatasetProfile
+    data: TokenReport | None = Field(
+        default=None, description="the training split as the model's tokenizer sees it"
+    )

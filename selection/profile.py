@@ -1,7 +1,7 @@
 """All metrics of one dataset under one reference model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,18 @@ from objectives.types import Kernel, PairEmbeddings
 from selection.features import ReferenceFeatures, group_index
 from selection.metrics.bootstrap import estimate, group_weights, weighted_mean
 from selection.metrics.distances import RandomPairs, kernel_distances, random_pairs
-from selection.metrics.kpa import FOLDS, definite, grouped_folds, kpa, preference_gram
+from selection.metrics.kpa import (
+    FOLDS,
+    RIDGE,
+    accuracy_of,
+    definite,
+    grouped_folds,
+    held_out_scores,
+    normalized,
+    preference_gram,
+)
 from selection.metrics.nag import nag
+from selection.metrics.noise import LabelFacts, label_noise
 from selection.metrics.pnav import pnav
 from selection.metrics.pnd import pnd
 from selection.metrics.reference import (
@@ -61,12 +71,14 @@ def profile_dataset(
     bootstrap: int = RESAMPLES,
     max_pairs: int = MAX_PAIRS,
     drawn_from: tuple[int, int] | None = None,
+    labels: LabelFacts | None = None,
 ) -> DatasetProfile:
     """Compute every metric with its interval over `bootstrap` resamples of prompts.
 
     Above `max_pairs` all metrics are of the pairs at `sampled_rows`; the kernel preference
     accuracy is O(pairs^3). `drawn_from` are the pairs and prompts of the whole when `features` are
-    already those of such a sample. Deterministic in features and seed.
+    already those of such a sample. `labels` has an origin for each pair of `features`: without it
+    no suspicious pair is named. Deterministic in features and seed.
     """
     rows = sampled_rows(features.group, limit=max_pairs, seed=seed)
     sample = features.take(rows)
@@ -74,7 +86,7 @@ def profile_dataset(
     weights = group_weights(sample.group, resamples=bootstrap, generator=generator)
     tokens = group_weights(sample.token_group, resamples=bootstrap, generator=generator)
     with torch.no_grad():
-        kernels, mixtures = _kernel_metrics(sample, weights, seed=seed, generator=generator)
+        kernels, mixtures, scores = _kernel_metrics(sample, weights, seed=seed, generator=generator)
         reference = _reference_metrics(sample, weights, tokens)
     pairs, prompts = drawn_from or (features.pairs, features.prompts)
     return DatasetProfile(
@@ -89,7 +101,14 @@ def profile_dataset(
         kernels=kernels,
         mixtures=mixtures,
         reference=reference,
+        noise=label_noise(scores, weights, facts=_taken(labels, rows)),
     )
+
+
+def _taken(labels: LabelFacts | None, rows: Tensor) -> LabelFacts | None:
+    if labels is None:
+        return None
+    return replace(labels, origins=tuple(labels.origins[row] for row in rows.tolist()))
 
 
 def sampled_rows(group: Tensor, *, limit: int, seed: int) -> Tensor:
@@ -113,7 +132,8 @@ def sampled_rows(group: Tensor, *, limit: int, seed: int) -> Tensor:
 
 def _kernel_metrics(
     features: ReferenceFeatures, weights: Tensor, *, seed: int, generator: torch.Generator
-) -> tuple[tuple[KernelMetrics, ...], tuple[MixtureMetrics, ...]]:
+) -> tuple[tuple[KernelMetrics, ...], tuple[MixtureMetrics, ...], Tensor]:
+    """Measure the kernels, the mixtures, and return the even mixture's held-out scores (N,)."""
     raw = PairEmbeddings(
         features.prompt_embedding, features.chosen_embedding, features.rejected_embedding
     )
@@ -133,15 +153,17 @@ def _kernel_metrics(
         kernel = build_kernel(spec, geometry)
         gram = definite(preference_gram(kernel, prepared.chosen, prepared.rejected))
         grams[KernelName(spec.type)] = gram
-        kernels.append(ruler.measure(spec, kernel, gram))
+        kernels.append(ruler.measure(spec, kernel, ruler.scores(gram)))
+    scored = [
+        (spec, ruler.scores(mixed_gram(spec.weights, grams))) for spec in (MIXTURE, *OTHER_MIXTURES)
+    ]
     mixtures = [
-        (spec, ruler.measure(spec, build_kernel(spec, geometry), mixed_gram(spec.weights, grams)))
-        for spec in (MIXTURE, *OTHER_MIXTURES)
+        (spec, ruler.measure(spec, build_kernel(spec, geometry), scores)) for spec, scores in scored
     ]
     others = tuple(
         MixtureMetrics(**dict(found), weights=spec.weights) for spec, found in mixtures[1:]
     )
-    return (*kernels, mixtures[0][1]), others
+    return (*kernels, mixtures[0][1]), others, scored[0][1]
 
 
 def mixed_gram(weights: MixtureWeights, grams: Mapping[KernelName, Tensor]) -> Tensor:
@@ -165,8 +187,12 @@ class _Ruler:
     fold: Tensor
     drawn: RandomPairs
 
-    def measure(self, spec: KernelSpec, kernel: Kernel, gram: Tensor) -> KernelMetrics:
-        """Measure one kernel; `gram` is its preference kernel (N, N)."""
+    def scores(self, gram: Tensor) -> Tensor:
+        """Held-out scores (N,) of a preference kernel (N, N)."""
+        return held_out_scores(normalized(gram), self.fold, ridge=RIDGE)
+
+    def measure(self, spec: KernelSpec, kernel: Kernel, scores: Tensor) -> KernelMetrics:
+        """Measure one kernel; `scores` are the held-out ones of its preference kernel."""
         e = self.embeddings
         distances = kernel_distances(kernel, e.prompt, e.chosen, e.rejected, drawn=self.drawn)
         return KernelMetrics(
@@ -175,7 +201,7 @@ class _Ruler:
             pnav=estimate(pnav(distances, self.weights)),
             tat=estimate(tat(distances, self.weights)),
             nag=estimate(nag(distances, self.weights)),
-            kpa=estimate(kpa(gram, fold=self.fold, weights=self.weights)),
+            kpa=estimate(accuracy_of(scores, self.weights)),
         )
 
 

@@ -91,7 +91,11 @@ def kpa(gram: Tensor, *, fold: Tensor, weights: Tensor) -> Tensor:
     refit; its deviations are widened by 1.25 for the dependence of the fits. A score below
     rounding is a tie.
     """
-    scores = held_out_scores(normalized(gram), fold, ridge=RIDGE)
+    return accuracy_of(held_out_scores(normalized(gram), fold, ridge=RIDGE), weights)
+
+
+def accuracy_of(scores: Tensor, weights: Tensor) -> Tensor:
+    """KPA of held-out scores (N,) under each row of weights (B, N), (B,)."""
     right = torch.where(scores.abs() <= 1e-9, 0.5, (scores > 0).double())
     shares = weighted_mean(weights, right)
     return (shares[0] + WIDENING * (shares - shares[0])).clamp(0.0, 1.0)

@@ -48,6 +48,7 @@ from worker.training.run import RunOutcome, TrainingRun
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
+from worker.training.token_report import Limit, TokenLook
 from worker.training.tokenize import TokenizedPair, tokenize_rows
 from worker.training.trainer import Leave, train_final
 
@@ -82,6 +83,7 @@ class Workbench:
         self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
         self.rows: dict[Split, list[CanonicalRow]] = {}
         self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
+        self.looks: dict[Split, TokenLook] = {}
         self.warnings: list[str] = []
         self._with_states = splits_with_states(context.job)
         self._store = ReferenceStore(
@@ -109,9 +111,13 @@ class Workbench:
             RunAborted: nothing of it is left (`dataset_invalid`).
         """
         path = canonical_path(self.context, self.dataset)
+        tokenizer = self.policy.tokenizer
+        limit = Limit(self.spec.max_length, self.policy.max_positions)
+        look = self.looks[split] = TokenLook(tokenizer, name=self.model.name, limit=limit)
         tokenized = tokenize_rows(
-            read_canonical(path, split), tokenizer=self.policy.tokenizer, max_length=self.max_length
-        )
+            read_canonical(path, split), tokenizer=tokenizer, max_length=self.max_length,
+            on_row=look.see,
+        )  # fmt: skip
         if not tokenized.pairs:
             raise RunAborted(
                 f"the {split.value} split has no pair that this model can use",
