@@ -179,12 +179,20 @@ def test_data_is_shared_and_kept(compose: dict[str, Any]) -> None:
     assert set(compose["volumes"]) == {"data", "postgres", "redis"}
 
 
+# What a user might give to variables that compose hands on; patterns to all others.
+PASSED_ON = {
+    "KDPO_SOURCES__SECRETS": '{"team": "hf_x"}',
+    "KDPO_SOURCES__HTTPS_HOSTS": "data.example.org,files.corp=10.2.0.0/16",
+}
+
+
 def test_compose_environment_makes_valid_settings(
     compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"POSTGRES_PASSWORD": "abc", "REDIS_PASSWORD": "def"}
     for name, value in compose["services"]["api"]["environment"].items():
-        monkeypatch.setenv(name, substitute(value, given) if value is not None else "x/*")
+        passed_on = PASSED_ON.get(name, "x/*")
+        monkeypatch.setenv(name, substitute(value, given) if value is not None else passed_on)
     settings = Settings()
     assert settings.mode is Mode.FULL
     assert settings.database_url == "postgresql+psycopg://kdpo:abc@postgres:5432/kdpo"
