@@ -241,7 +241,7 @@ def _faults_as_errors(location: Location, late: Callable[[], KdpoError | None]) 
             param="source.url",
             hint="the administrator names further authorities in KDPO_SOURCES__CA_FILE",
         ) from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.error) as error:
         too_late = late()
         if too_late is not None:
             raise too_late from error
