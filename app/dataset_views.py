@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from app.deps import ID_PATTERN
 from app.responses import Schema, unix
+from core.data_report import PreviewPair, TokenStatistics
 from core.errors import Category, ErrorDetail
 from core.lifecycle import DatasetStatus
 from core.run_spec import DatasetPolicy
@@ -88,6 +89,10 @@ class ReportView(Schema):
     object: Literal["dataset.report"] = "dataset.report"
     dataset_id: str
     status: DatasetStatus
+    tokens: TokenStatistics | None = Field(
+        default=None, description="as the policy's model counts them; null without one"
+    )
+    preview: tuple[PreviewPair, ...] = ()
 
 
 class RowView(Schema):
