@@ -9,6 +9,7 @@ tells.
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import os
 import signal
@@ -238,11 +239,27 @@ def _body(response: httpx.Response) -> Row:
     return body
 
 
+class Sending(io.FileIO):
+    """A file that notes when it was last read from: its end, when an upload has sent all of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.last_read = time.monotonic()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as any file."""
+        self.last_read = time.monotonic()
+        return super().read(-1 if size is None else size) or b""
+
+
 def _upload(client: httpx.Client, path: Path) -> tuple[Row, float, float]:
-    """The dataset, when the server had answered the upload, and when it was found ready."""
-    with path.open("rb") as file:
+    """The dataset, when the last of the file was sent, and when it was found ready.
+
+    The server may answer when a small file is validated, so its answer does not end the upload.
+    """
+    with Sending(path) as file:
         dataset = _body(client.post("/v1/datasets", files={"file": (path.name, file)}))
-    received = time.monotonic()
+        received = file.last_read
     while dataset["status"] == "validating":
         _pause(received)
         dataset = _body(client.get(f"/v1/datasets/{dataset['id']}"))

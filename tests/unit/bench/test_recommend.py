@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import recommend_report
-from bench.recommend import SAMPLE, WANTED, Source, enlarged, find, write
+from bench.recommend import SAMPLE, WANTED, Sending, Source, enlarged, find, write
 from bench.recommend_report import (
     BEGIN,
     END,
@@ -63,6 +63,16 @@ def test_the_shipped_sample_becomes_a_file_of_distinct_pairs(tmp_path: Path) -> 
     assert len(rows) == 1300
     assert len({(r["prompt"], r["chosen"], r["rejected"]) for r in rows}) == 1300
     assert write(Source("sample", SAMPLE), 1300, path) == sha256
+
+
+def test_an_upload_ends_when_its_file_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abcdef")
+    with Sending(path) as file:
+        opened = file.last_read
+        parts = [file.read(4), file.read(4), file.read(4)]
+        assert parts == [b"abcd", b"ef", b""]
+        assert file.last_read > opened
 
 
 def test_a_named_folder_must_have_the_data(tmp_path: Path) -> None:
