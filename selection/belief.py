@@ -14,7 +14,7 @@ out (b), and a kernel's or a divergence's other pairs inform a pair as far as th
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import NormalDist
@@ -116,6 +116,14 @@ class Belief:
         """Expected percent at full length, rounded: the last bits are those of a library."""
         return round(float(self.mean[self.index[config]]), 9)
 
+    def improvement(self, config: Config, best: float) -> float:
+        """E max(0, z - best), percent: what trying a configuration is expected to win."""
+        i = self.index[config]
+        sd = math.sqrt(max(float(self.covariance[i, i]), _JITTER))
+        standard = NormalDist()
+        ahead = (float(self.mean[i]) - best) / sd
+        return round(sd * (ahead * standard.cdf(ahead) + standard.pdf(ahead)), 9)
+
     def beats(self, config: Config, other: Config, *, by: float) -> float:
         """P(config is better than other by more than `by` percent at full length)."""
         i, j = self.index[config], self.index[other]
@@ -124,13 +132,16 @@ class Belief:
         return NormalDist().cdf(gap / math.sqrt(max(float(variance), _JITTER)))
 
 
-def believe(plan: Plan, study: Study) -> Belief:
+def believe(
+    plan: Plan, study: Study, *, proposed: Mapping[Config, Setting] | None = None
+) -> Belief:
     """The posterior after all measured results of a study, for its trials and for every arm.
 
-    A pure function of both: the order of results does not matter.
+    A pure function of its arguments: the order of results does not matter. `proposed` are settings
+    of arms that nobody has tried.
     """
     measured = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
-    points = _points(plan, study)
+    points = _points(plan, study) | dict(proposed or {})
     configs = tuple(points)
     index = {config: i for i, config in enumerate(configs)}
     arms = {arm.name: arm for arm in plan.arms}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class Setting:
     alpha: float = 1.0
     mixture: tuple[float, float, float] | None = None
 
-    @property
+    @cached_property
     def point(self) -> tuple[float, ...]:
         """Coordinates (7,) in [-log 4, log 4], 0 the recommended value."""
         factors = (self.learning_rate, self.beta, self.gamma, self.alpha)

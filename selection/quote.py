@@ -14,7 +14,7 @@ import numpy as np
 
 from core.errors import InvalidInput
 from selection.draws import Setting
-from selection.study import HARD_LIMIT, Arm, Budget, Ended, Plan, Shape, Study, Task
+from selection.study import Arm, Budget, Ended, Plan, Shape, Study, Task
 
 SHAPES: dict[str, Shape] = {
     "wide": Shape(28 + 7, (14, 10, 3), leading=6, draws=8, repeats=3),
@@ -266,21 +266,27 @@ def plan_search(
 
 
 def fit_shape(plan: Plan) -> tuple[str, Plan]:
-    """The plan in the dearest shape whose P90 its budget pays, with the shape's name.
+    """The plan in the dearest shape that its budget is expected to pay, with the shape's name.
 
-    The cheapest where none fits, the usual one without limits; the shape that the plan has is not
-    looked at.
+    Second seeds of finalists are not counted: they are trained if something is left. The cheapest
+    shape where none fits, the usual one without limits; the shape that the plan has is not looked
+    at.
     """
     budget = plan.budget
     if budget == Budget():
         return "usual", shaped(plan, "usual")
     for name in SHAPES:
-        tried = replace(shaped(plan, name), budget=Budget())
-        if _most_trials(tried) <= (budget.trials or math.inf):
-            price = quote(tried, Study())
-            pays = price.p90 <= (budget.gpu_seconds or math.inf) * HARD_LIMIT
-            if pays and price.eta_p90 <= (budget.deadline_seconds or math.inf):
-                return name, shaped(plan, name)
+        tried = shaped(plan, name)
+        left = _left(tried, Study(), costs_of(tried, Study()))
+        price = math.fsum(s for s, maybe in zip(left.seconds, left.maybe, strict=True) if not maybe)
+        shape = tried.shape
+        trials = 1 + shape.screened + (1 + shape.leading) * shape.draws
+        if (
+            price <= (budget.gpu_seconds or math.inf)
+            and trials <= (budget.trials or math.inf)
+            and left.chain <= (budget.deadline_seconds or math.inf)
+        ):
+            return name, tried
     return "least", shaped(plan, "least")
 
 
@@ -306,9 +312,3 @@ def shaped(plan: Plan, name: str) -> Plan:
         leading=min(shape.leading, others),
     )
     return replace(plan, shape=fitted)
-
-
-def _most_trials(plan: Plan) -> int:
-    """Trials that a plan starts at most."""
-    shape = plan.shape
-    return 1 + shape.screened + (1 + shape.leading) * shape.draws + shape.repeats

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from core.run_spec import CandidateSpec
-from selection.draws import RECOMMENDED, active_dimensions, draw
+from selection.belief import Config, believe
+from selection.draws import RECOMMENDED, Density, Setting, active_dimensions, draw
 from selection.standing import Standing, candidate_of
 from selection.study import (
     Action,
@@ -36,6 +37,7 @@ from selection.study import (
 MATTERS = 0.5
 """Percent of log-loss that a search goes on for."""
 DOUBT = 0.05
+PROPOSALS = 8
 _BEST_FOR_DRAWS = 3
 _Z90 = 1.6448536269514722
 
@@ -138,15 +140,16 @@ def _wanted(now: Standing) -> Iterator[Wanted]:
             yield Task(_first_trial(arm), 0, 0), "every arm is screened"
     if plan.draw_rung == 0:
         yield from _drawn(now)
-    for rung in range(1, plan.last + 1):
-        if rung == plan.last and (stop := _decided(now)) is not None:
-            yield stop
+    for rung in range(1, plan.last):
         yield from _promoted(now, rung)
         if rung == plan.draw_rung:
             yield from _drawn(now)
-    if (stop := _decided(now)) is not None:
-        yield stop
+    stop = _decided(now)
+    if plan.last and stop is None:
+        yield from _promoted(now, plan.last)
     yield from _repeated(now)
+    if stop is not None:
+        yield stop
 
 
 def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
@@ -161,16 +164,20 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
     left = now.allowed(plan.shape.kept[rung - 1], rung) - taken
     rivals = [ended for ended in below if ended.task.trial.arm != plain]
     going = [e for e in rivals if e.task.trial.key not in ahead][: max(left, 0)]
-    for ended in going:
-        yield Task(ended.task.trial, rung, start), f"among the best at step {start}"
     best = [ended for ended in below if ended.task.trial.arm == plain]
     started = any(arm == plain and not repeat for arm, _, repeat in ahead)
     open_plain = any(
         running.task.trial.arm == plain and running.task.rung < rung
         for running in now.study.running
     )
+    one = 1 if not taken else 0
+    for ended in going[:one]:
+        yield Task(ended.task.trial, rung, start), f"the best at step {start}"
+    # Before the others: what is left of a budget has to pay for it too.
     if best and not started and not open_plain:
         yield Task(best[0].task.trial, rung, start), "plain DPO is always in the race"
+    for ended in going[one:]:
+        yield Task(ended.task.trial, rung, start), f"among the best at step {start}"
 
 
 def _drawn(now: Standing) -> Iterator[Wanted]:
@@ -204,7 +211,11 @@ def _of_first(now: Standing, number: int) -> int:
 
 
 def _next_draw(now: Standing, arm: Arm) -> Trial | None:
-    """The next drawn trial of an arm; None where a pool has none left."""
+    """The next drawn trial of an arm; None where a pool has none left.
+
+    Of some settings drawn from the mix the one with the largest expected improvement over the
+    arm's best: the mix says where to look, the results where not to look again.
+    """
     plan = now.plan
     drawn = now.draws_of(arm.name)
     number = 1 + max((trial.draw for trial in drawn), default=0)
@@ -213,17 +224,24 @@ def _next_draw(now: Standing, arm: Arm) -> Trial | None:
         for ended in now.at(plan.draw_rung)
         if ended.task.trial.arm == arm.name
     ]
-    found = draw(
-        seed=f"{plan.seed}:{arm.name}:{number}",
-        dimensions=active_dimensions(arm.candidate),
-        rung=plan.draw_rung,
-        best=best[:_BEST_FOR_DRAWS],
-        tried=[RECOMMENDED, *(trial.setting for trial in drawn)],
-        pool=plan.pool,
-    )
-    if found is None:
-        return None
-    setting, density = found
+    proposals: dict[Config, tuple[Setting, Density]] = {}
+    tried = [RECOMMENDED, *(trial.setting for trial in drawn)]
+    for turn in range(PROPOSALS):
+        found = draw(
+            seed=f"{plan.seed}:{arm.name}:{number}:{turn}",
+            dimensions=active_dimensions(arm.candidate),
+            rung=plan.draw_rung,
+            best=best[:_BEST_FOR_DRAWS],
+            tried=tried,
+            pool=plan.pool,
+        )
+        if found is None:
+            return None
+        proposals[arm.name, -1 - turn] = found
+    belief = believe(plan, now.study, proposed={c: s for c, (s, _) in proposals.items()})
+    top = max(belief.value((arm.name, draw)) for draw in [0, *(t.draw for t in drawn)])
+    chosen = max(proposals, key=lambda config: (belief.improvement(config, top), config[1]))
+    setting, density = proposals[chosen]
     return Trial(arm.name, number, 0, setting, Origin(density.value))
 
 
@@ -245,25 +263,30 @@ def _repeated(now: Standing) -> Iterator[Wanted]:
 
 
 def _decided(now: Standing) -> Stop | None:
-    """Stop when what is unfinished would hardly beat the leader at full length.
+    """Stop when those who would still go to full length would hardly beat the leader there.
 
-    sum over unfinished trials of P(better by more than 0.5 %) < 5 %: the union bound on the
-    probability that any is. Only once the leader and plain DPO have come to the end themselves.
+    sum over them of P(better by more than 0.5 %) < 5 %: the union bound on the probability that any
+    is. Only once a pair and plain DPO have come to the end themselves, and somebody is left.
     """
     plan, final = now.plan, now.at(now.plan.last)
     plain = plan.plain.name
-    tried_plain = any(t.trial.arm == plain and t.rung == plan.last for t in now.tasks.values())
     rivals = [ended for ended in final if ended.task.trial.arm != plain]
-    if not rivals or not tried_plain:
+    if not plan.last or not rivals or (plain, plan.last) not in now.reached:
+        return None
+    finished = {task.trial.config for task in now.tasks.values() if task.rung == plan.last}
+    left = [
+        ended.task.trial.config
+        for ended in now.at(plan.last - 1)
+        if ended.task.trial.arm != plain and ended.task.trial.config not in finished
+    ][: max(0, plan.shape.kept[-1] - sum(arm != plain for arm, _ in finished))]
+    if not left:
         return None
     leader = final[0].task.trial.config
-    finished = {ended.task.trial.config for ended in final}
-    alive = {e.task.trial.config for rung in range(plan.last) for e in now.at(rung)} - finished
-    chances = [now.belief.beats(config, leader, by=MATTERS) for config in sorted(alive)]
-    if math.fsum(chances) >= DOUBT:
+    chance = math.fsum(now.belief.beats(config, leader, by=MATTERS) for config in left)
+    if chance >= DOUBT:
         return None
     return Stop(
         StoppedBy.DECIDED,
-        f"the chance that any unfinished trial is better by {MATTERS} % of log-loss is "
-        f"{math.fsum(chances):.1%}; {now.money}",
+        f"the chance that any trial that is left is better by {MATTERS} % of log-loss is "
+        f"{chance:.1%}; {now.money}",
     )

@@ -10,7 +10,7 @@ from selection.draws import candidate_at
 from selection.quote import Costs, costs_of
 from selection.study import HARD_LIMIT, Ended, Plan, Start, Study, Task, Trial
 
-_RESERVE_AT_MOST = 0.5
+_RESERVE_AT_MOST = 0.7
 
 
 def candidate_of(plan: Plan, trial: Trial) -> CandidateSpec:
@@ -33,6 +33,11 @@ class Standing:
                 raise InvalidInput(
                     f"task {task.key} is at rung {task.rung}; the plan has 0 to {plan.last}"
                 )
+
+    @cached_property
+    def reached(self) -> set[tuple[str, int]]:
+        """Arms with the rungs that they are on their way to, or have come to."""
+        return {(task.trial.arm, task.rung) for task in self.tasks.values()}
 
     @cached_property
     def belief(self) -> Belief:
@@ -124,20 +129,18 @@ class Standing:
         )
 
     def reserve(self, task: Task, seconds: float) -> float:
-        """What has to be left after `task` for the last rung: one finalist's and plain DPO's way.
+        """What has to be left after `task`: one finalist's way through the rungs above, and plain
+        DPO's, as far as none of either kind is on its way there.
 
-        At most half of the budget: a small one buys knowledge first. Nothing for tasks that go to
-        the last rung themselves.
+        Nothing where that is most of the budget: such a search buys knowledge of short runs.
         """
-        plan = self.plan
-        if task.rung == plan.last:
-            return 0.0
-        at_end = [t for t in self.tasks.values() if t.rung == plan.last]
-        there = {t.trial.arm == plan.plain.name for t in at_end}
-        start = plan.rungs[plan.last - 1]
-        needed = 0.0
-        if True not in there:
-            needed += self.costs.seconds(plan.plain.name, start=start, stop=plan.rungs[-1])
-        if False not in there:
-            needed += self.costs.seconds(task.trial.arm, start=start, stop=plan.rungs[-1])
-        return min(needed, _RESERVE_AT_MOST * seconds)
+        plan, needed = self.plan, 0.0
+        plain = plan.plain.name
+        there = {(t.rung, t.trial.arm == plain) for t in self.tasks.values()}
+        for rung in range(task.rung + 1, plan.last + 1):
+            start, stop = plan.rungs[rung - 1], plan.rungs[rung]
+            if (rung, True) not in there:
+                needed += self.costs.seconds(plain, start=start, stop=stop)
+            if (rung, False) not in there:
+                needed += self.costs.seconds(task.trial.arm, start=start, stop=stop)
+        return needed if needed <= _RESERVE_AT_MOST * seconds else 0.0

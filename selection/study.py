@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from core.errors import InvalidInput
 from core.lifecycle import EndedBy
@@ -127,10 +128,14 @@ class Plan:
         """The rung to which drawn settings are run first: the second where there are three."""
         return 1 if len(self.rungs) >= 3 else 0
 
-    @property
+    @cached_property
     def plain(self) -> Arm:
         """Plain DPO."""
         return next(arm for arm in self.arms if arm.is_plain)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Arm]:
+        return {arm.name: arm for arm in self.arms}
 
     @property
     def screened(self) -> tuple[Arm, ...]:
@@ -144,12 +149,9 @@ class Plan:
         Raises:
             InvalidInput: there is none.
         """
-        for arm in self.arms:
-            if arm.name == name:
-                return arm
-        raise InvalidInput(
-            f"arm {name!r} is not in the plan; it holds {[a.name for a in self.arms]}"
-        )
+        if name not in self._by_name:
+            raise InvalidInput(f"arm {name!r} is not in the plan; it holds {list(self._by_name)}")
+        return self._by_name[name]
 
 
 def _check_plan(plan: Plan) -> None:
