@@ -42,6 +42,7 @@ from tests.integration.source_servers import (
 from tests.integration.test_api import check_problem
 from tests.integration.workers import wait_for
 from worker.context import JobContext
+from worker.ingest.sources.assembly import sole_writer
 from worker.jobs import validate_dataset
 from worker.jobs.fetch_source import fetch
 from worker.supervisor import Supervisor
@@ -541,10 +542,60 @@ def test_two_attempts_do_not_write_to_one_file(fetching: Fetching) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{dataset_id}.part").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Unavailable, match="earlier attempt"):
+        fetching.world.post(f"/v1/jobs/{context.fence.job_id}/cancel")
+        with pytest.raises(CancelRequested):
             fetch(context, fetching.dataset(dataset_id))
-    fetch(context, fetching.dataset(dataset_id))
-    assert (folder / dataset_id).read_bytes() == pairs(40)
+        other.write(b"of the other")
+    assert fetching.https.asked == []
+    assert (folder / f".{dataset_id}.part").read_bytes() == b"of the other"
+
+
+def test_a_version_that_comes_meanwhile_waits_for_the_bytes(fetching: Fetching) -> None:
+    first, context = fetching.claimed({"type": "https", "url": fetching.url()})
+    others: list[threading.Thread] = []
+    made: list[str] = []
+
+    def ask_again() -> None:
+        body = {"policy": {"pairing": "all"}}
+        answer = fetching.world.post(
+            f"/v1/datasets/{first}/versions", json=body, headers={"Prefer": "wait=0"}
+        )
+        made.append(answer.json()["id"])
+        second = fetching.attempt()
+        others.append(
+            threading.Thread(target=fetch, args=(second, fetching.dataset(made[0])), daemon=True)
+        )
+        others[0].start()
+        others[0].join(0.5)
+
+    # Without an ETag: whoever comes second would begin again.
+    fetching.https.answer = lambda _asked: Reply(200, pairs(4000), pause=ask_again)
+    fetch(context, fetching.dataset(first))
+    others[0].join(20)
+    assert not others[0].is_alive()
+    assert len(fetching.https.asked) == 1
+    assert fetching.uploads() == [first]
+    sha256 = hashlib.sha256(pairs(4000)).hexdigest()
+    assert [fetching.dataset(name).sha256 for name in (first, made[0])] == [sha256] * 2
+
+
+def test_a_file_that_got_its_place_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, place = tmp_path / ".x.part", tmp_path / "x"
+    part.write_bytes(b"whole")
+    real, waits = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        """A lock that comes when who had it before has put the file in its place."""
+        if not place.exists():
+            part.replace(place)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with sole_writer(part, on_wait=lambda: waits.append("once")) as file:
+        file.write(b"anew")
+    assert (place.read_bytes(), part.read_bytes(), waits) == (b"whole", b"anew", ["once"])
 
 
 # ------------------------------------------------------------------ paths

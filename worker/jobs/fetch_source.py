@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from io import BufferedRandom
+from pathlib import Path
 from typing import Any, assert_never
 
 from pydantic import TypeAdapter
@@ -29,7 +31,15 @@ from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
 from worker.ingest.files import sync_folder
-from worker.ingest.sources.assembly import Gauge, Limits, Piece, as_tar, assemble, check_sha256
+from worker.ingest.sources.assembly import (
+    Gauge,
+    Limits,
+    Piece,
+    as_tar,
+    assemble,
+    check_sha256,
+    sole_writer,
+)
 from worker.ingest.sources.https import HttpsFile
 from worker.ingest.sources.hub import HubPin, HubRemote, pin
 from worker.ingest.sources.local import LocalFile
@@ -53,33 +63,26 @@ def fetch(context: JobContext, dataset: Dataset) -> None:
         CancelRequested, Preempted, LeaseLost: as everywhere.
     """
     place = context.settings.upload_dir / dataset.upload_id
-    first = _first_version(context, dataset)
-    if first.sha256 is not None and place.is_file():
-        _record(context, dataset, size_bytes=first.bytes, sha256=first.sha256, origin=first.origin)
+    if _adopted(context, dataset, place):
         return
-    source = _ADAPTER.validate_python(dataset.source)
     part = place.with_name(f".{place.name}.part")
     context.phase(Phase.DOWNLOADING_DATA)
-    try:
-        check_source(source, context.settings)
-        pieces = _pieces(context, dataset, source, first.origin or {})
-        size_bytes, sha256 = assemble(pieces, part, gauge=_gauge(context))
-        if isinstance(source, HttpsSource):
-            check_sha256(sha256, source.sha256)
-        if size_bytes == 0:
-            raise InvalidInput(
-                "the source is empty", code="empty_file", param="source",
-                hint="name a file with preference pairs",
-            )  # fmt: skip
-    except (*REFUSALS, CancelRequested):
-        part.unlink(missing_ok=True)
-        raise
+    with sole_writer(part, on_wait=_listener(context)) as file:
+        # Of two versions that want it at once, the one that came first has brought it.
+        if _adopted(context, dataset, place):
+            part.unlink(missing_ok=True)
+            return
+        try:
+            size_bytes, sha256 = _bring(context, dataset, file, folder=part.parent)
+        except (*REFUSALS, CancelRequested):
+            part.unlink(missing_ok=True)
+            raise
 
-    def into_place() -> None:
-        part.replace(place)
-        sync_folder(place.parent)
+        def into_place() -> None:
+            part.replace(place)
+            sync_folder(place.parent)
 
-    _record(context, dataset, size_bytes=size_bytes, sha256=sha256, before=into_place)
+        _record(context, dataset, size_bytes=size_bytes, sha256=sha256, before=into_place)
 
 
 def source_report(dataset: Dataset) -> dict[str, Any]:
@@ -100,6 +103,34 @@ def source_report(dataset: Dataset) -> dict[str, Any]:
             "ignored_files": list(pinned.ignored[:_MAX_FILES_SHOWN]),
         }
     return found | {"bytes": dataset.bytes, "sha256": dataset.sha256}
+
+
+def _adopted(context: JobContext, dataset: Dataset, place: Path) -> bool:
+    """Whether the source has been brought already; this version then knows of it, too."""
+    first = _first_version(context, dataset)
+    if first.sha256 is None or not place.is_file():
+        return False
+    _record(context, dataset, size_bytes=first.bytes, sha256=first.sha256, origin=first.origin)
+    return True
+
+
+def _bring(
+    context: JobContext, dataset: Dataset, file: BufferedRandom, *, folder: Path
+) -> tuple[int, str]:
+    """Complete the file with what the source has; return its size and SHA-256."""
+    source = _ADAPTER.validate_python(dataset.source)
+    check_source(source, context.settings)
+    origin = _first_version(context, dataset).origin or {}
+    pieces = _pieces(context, dataset, source, origin)
+    size_bytes, sha256 = assemble(pieces, file, folder=folder, gauge=_gauge(context))
+    if isinstance(source, HttpsSource):
+        check_sha256(sha256, source.sha256)
+    if size_bytes == 0:
+        raise InvalidInput(
+            "the source is empty", code="empty_file", param="source",
+            hint="name a file with preference pairs",
+        )  # fmt: skip
+    return size_bytes, sha256
 
 
 def _pieces(
@@ -134,25 +165,36 @@ def _pieces(
 
 def _gauge(context: JobContext) -> Gauge:
     settings = context.settings
+    limits = Limits(
+        # No file that is accepted is larger than what it expands to.
+        max_bytes=min(settings.sources.max_bytes, settings.data.max_decompressed_bytes),
+        deadline_s=settings.sources.deadline_s,
+    )
+    return Gauge(limits, _reporter(context))
+
+
+def _reporter(context: JobContext) -> Callable[[int, int | None], None]:
+    """Return what shows the progress, and ends the attempt when it is to stop."""
     asked_at = float("-inf")
 
     def on_bytes(done: int, total: int | None) -> None:
         nonlocal asked_at
         # Without a total every report would be a last one, which is always written.
         now = time.monotonic()
-        if done == total or now - asked_at >= settings.training.progress_every_s:
+        if done == total or now - asked_at >= context.settings.training.progress_every_s:
             asked_at = now
             context.progress(
                 unit="bytes", done=done, total=total or done, overall=None if total else 0.0
             )
         context.raise_if_stopped()
 
-    limits = Limits(
-        # No file that is accepted is larger than what it expands to.
-        max_bytes=min(settings.sources.max_bytes, settings.data.max_decompressed_bytes),
-        deadline_s=settings.sources.deadline_s,
-    )
-    return Gauge(limits, on_bytes)
+    return on_bytes
+
+
+def _listener(context: JobContext) -> Callable[[], None]:
+    """Return what notices, while another process brings the source, that this job is to stop."""
+    report = _reporter(context)
+    return lambda: report(0, None)
 
 
 def _first_version(context: JobContext, dataset: Dataset) -> Dataset:

@@ -21,6 +21,7 @@ from worker.ingest.files import full_disk_as_error
 
 BLOCK = 256 * 1024
 _TAR_BLOCK = 512
+_WAIT_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,15 @@ def as_tar(files: Sequence[tuple[str, Remote]]) -> list[Piece]:
     return pieces
 
 
-def assemble(pieces: Sequence[Piece], part: Path, *, gauge: Gauge) -> tuple[int, str]:
-    """Complete the file `part`, from wherever an earlier attempt left it; return size and SHA-256.
+def assemble(
+    pieces: Sequence[Piece], file: BufferedRandom, *, folder: Path, gauge: Gauge
+) -> tuple[int, str]:
+    """Complete a file, from wherever an earlier attempt left it; return size and SHA-256.
+
+    `folder` is where it lies.
 
     Raises:
-        Unavailable: another process writes to it, or a piece came damaged (it is dropped).
-        InvalidInput: `source_changed`, of a checksum that the user gave.
+        Unavailable: a piece came damaged (it is dropped), or did not come.
         TooLarge: a limit is passed.
         StorageFull: the disk has no room.
     """
@@ -174,13 +178,13 @@ def assemble(pieces: Sequence[Piece], part: Path, *, gauge: Gauge) -> tuple[int,
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes):
         gauge.expect(sum(known))
-    with full_disk_as_error(part.parent), _locked(part) as file:
+    with full_disk_as_error(folder):
         there = file.seek(0, os.SEEK_END)
         start = 0
         for piece, size in zip(pieces, sizes, strict=True):
             # A file of unknown size is the only piece: what is there belongs to it.
             if size is None or there <= start + size:
-                sink = Sink(file, folder=part.parent, start=start, gauge=gauge)
+                sink = Sink(file, folder=folder, start=start, gauge=gauge)
                 start = _complete(piece, file, sink, start=start, there=there)
             else:
                 start += size
@@ -249,15 +253,38 @@ def _hash(file: BinaryIO, start: int, end: int, checksum: Checksum) -> str:
 
 
 @contextmanager
-def _locked(part: Path) -> Iterator[BufferedRandom]:
-    """Open a file that only this process writes to; it is left as it is, whatever happens."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(handle, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unavailable(
-                "an earlier attempt at this job still writes", code="unavailable", param="source"
-            ) from error
-        yield file
+def sole_writer(part: Path, *, on_wait: Callable[[], None]) -> Iterator[BufferedRandom]:
+    """Open a file that only this process writes to, or renames, until the block ends.
+
+    While another process has it, `on_wait` is called, which may raise to stop.
+
+    Raises:
+        StorageFull: the disk has no room.
+    """
+    with full_disk_as_error(part.parent):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "r+b") as file:
+                if _is_locked(file) and _is_at(part, file):
+                    yield file
+                    return
+            on_wait()
+            time.sleep(_WAIT_S)
+
+
+def _is_locked(file: BufferedRandom) -> bool:
+    """Lock a file if nobody else has; closing it ends that, and so does the end of a process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, file: BufferedRandom) -> bool:
+    """Whether a file still has its name: who had it before may have put it in its place."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
