@@ -52,7 +52,7 @@ CMD ["worker", "--queue", "gpu"]
 
 FROM runtime AS api
 COPY --from=api-build /opt/venv /opt/venv
-RUN python -c "import app.main" \
+RUN python -c "import app.main, app.study_tool" \
     && if python -c "import torch" 2>/dev/null; then echo "torch is in the api image" >&2; exit 1; fi
 EXPOSE 8321
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \

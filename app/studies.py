@@ -1,108 +1,299 @@
-"""Studies: the searches that `auto` jobs run, and their trials."""
+"""Studies: the searches that `auto` jobs run, their trials, and what they say."""
 
-from typing import Annotated, Any, Literal
+import hashlib
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, assert_never
 
-from fastapi import APIRouter, Path, Request, Response
+import orjson
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from pydantic import BaseModel
 
-from app.deps import ID_PATTERN, Db, Lists, PageOf, ReadsJobs
-from app.responses import ListOf, Schema, conditional, unix
-from core.lifecycle import EndedBy, JobStatus, TrialStatus
-from models.experiment import TrialRow
+from app.deps import ID_PATTERN, TEXT_PATTERN, Db, PageOf, ReadsJobs
+from app.responses import ListOf, conditional, etag_matches, list_of, next_page
+from app.study_answers import (
+    BestView,
+    ImportanceView,
+    ParetoView,
+    best_view,
+    pareto_view,
+)
+from app.study_process import importance_task, journal_task, parquet_task, run_task
+from app.study_table import csv_text, trial_table
+from app.study_tasks import Target
+from app.study_views import (
+    StudyView,
+    TrialDetail,
+    TrialView,
+    is_provisional,
+    study_views,
+    trial_detail,
+    trial_view,
+)
+from core.lifecycle import JobStatus, TrialStatus
+from models.experiment import StudyRow, TrialRow
+from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
+from models.repositories.paging import PageQuery
+from models.repositories.studies import StudyRepository, TrialOrder
+from models.session import Database
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 
 StudyId = Annotated[str, Path(pattern=ID_PATTERN)]
+TrialNumber = Annotated[int, Path(ge=0, lt=2**31)]
+Seconds = Annotated[int | None, Query(ge=0, lt=2**53, description="unix seconds")]
 
 
-class TrialView(Schema):
-    """One candidate and how it did on the validation pairs."""
+class ExportFormat(StrEnum):
+    """In which form all trials are downloaded."""
 
-    id: str
-    object: Literal["trial"] = "trial"
-    study_id: str
-    number: int
-    status: TrialStatus
-    ended_by: EndedBy | None
-    origin: str
-    candidate: dict[str, Any]
-    log_loss: float | None
-    drift: float | None
-    feasible: bool | None
-    metrics: dict[str, Any]
-    gpu_seconds: float
-    created_at: int
-    finished_at: int | None
+    CSV = "csv"
+    PARQUET = "parquet"
+    OPTUNA = "optuna"
 
 
-class StudyView(Schema):
-    """One search."""
+def trial_query(
+    limit: Annotated[int, Query(ge=1, le=100, description="trials on a page")] = 20,
+    after: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="id of the trial before the page")
+    ] = None,
+    before: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="id of the trial behind the page")
+    ] = None,
+    order_by: Annotated[
+        TrialOrder, Query(description="trials without this value come last")
+    ] = TrialOrder.CREATED,
+    order: Annotated[
+        Literal["asc", "desc"] | None,
+        Query(description="default: newest first by `created`, else lowest first"),
+    ] = None,
+) -> tuple[PageQuery, TrialOrder]:
+    """Return which trials are asked for, in which order."""
+    usual: Literal["asc", "desc"] = "desc" if order_by is TrialOrder.CREATED else "asc"
+    return PageQuery(limit=limit, after=after, before=before, order=order or usual), order_by
 
-    id: str
-    object: Literal["study"] = "study"
-    job_id: str
-    status: JobStatus
-    created_at: int
-    spec: dict[str, Any]
-    trials: dict[str, int]
-    best_trial: TrialView | None
-    gpu_seconds: float
+
+TrialsOf = Annotated[tuple[PageQuery, TrialOrder], Depends(trial_query)]
+
+
+@router.get("", operation_id="list_studies", response_model=ListOf[StudyView])
+def list_studies(
+    request: Request,
+    caller: ReadsJobs,
+    database: Db,
+    query: PageOf,
+    status: Annotated[JobStatus | None, Query(description="of its job")] = None,
+    dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    model: Annotated[str | None, Query(max_length=512, pattern=TEXT_PATTERN)] = None,
+    job_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    created_after: Seconds = None,
+    created_before: Seconds = None,
+) -> Response:
+    """List searches, newest first; its ETag makes polling cheap."""
+    with database.reading() as session:
+        page = StudyRepository(session).page(
+            caller.owner_id, query, status=status, dataset_id=dataset_id, model=model,
+            job_id=job_id, created_after=created_after, created_before=created_before,
+        )  # fmt: skip
+        views = study_views(session, page.rows)
+    return _page(request, views, [view.id for view in views], has_more=page.has_more)
 
 
 @router.get("/{study_id}", operation_id="get_study", response_model=StudyView)
 def get_study(request: Request, caller: ReadsJobs, database: Db, study_id: StudyId) -> Response:
-    """Return a search with its best feasible trial so far."""
+    """Return a search with its best feasible trial so far; its ETag makes polling cheap."""
     with database.reading() as session:
-        experiments = ExperimentRepository(session)
-        study = experiments.study(caller.owner_id, study_id)
-        trials = experiments.trials(study.id)
-        job = JobRepository(session).get(caller.owner_id, study.job_id)
-    best = min(
-        (t for t in trials if t.log_loss is not None and t.feasible),
-        key=lambda t: (t.log_loss, t.number),
-        default=None,
-    )
-    view = StudyView(
-        id=study.id,
-        job_id=study.job_id,
-        status=job.status,
-        created_at=int(study.created_at),
-        spec=study.spec,
-        trials={s.value: sum(t.status is s for t in trials) for s in TrialStatus},
-        best_trial=None if best is None else _trial(best),
-        gpu_seconds=sum(t.gpu_seconds for t in trials),
-    )
+        study = ExperimentRepository(session).study(caller.owner_id, study_id)
+        view = study_views(session, [study])[0]
     return conditional(request, view)
 
 
-@router.get("/{study_id}/trials", operation_id="list_trials")
+@router.get("/{study_id}/trials", operation_id="list_trials", response_model=ListOf[TrialView])
 def list_trials(
-    caller: ReadsJobs, database: Db, query: PageOf, lists: Lists, study_id: StudyId
-) -> ListOf[TrialView]:
-    """List the trials of a search, newest first unless `order=asc`."""
+    request: Request,
+    caller: ReadsJobs,
+    database: Db,
+    study_id: StudyId,
+    query: TrialsOf,
+    state: Annotated[
+        list[TrialStatus] | None, Query(description="only these; may be given more than once")
+    ] = None,
+) -> Response:
+    """List the trials of a search; values that change move between pages while it runs."""
+    page_query, order_by = query
+    with database.reading() as session:
+        study = ExperimentRepository(session).study(caller.owner_id, study_id)
+        page = StudyRepository(session).trial_page(
+            study.id, page_query, order_by=order_by, states=state or ()
+        )
+        views = [trial_view(row) for row in page.rows]
+    return _page(request, views, [view.id for view in views], has_more=page.has_more)
+
+
+@router.get("/{study_id}/trials/{number}", operation_id="get_trial", response_model=TrialDetail)
+def get_trial(
+    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId, number: TrialNumber
+) -> Response:
+    """Return one trial with its constraints and where its training curves are."""
+    with database.reading() as session:
+        study = ExperimentRepository(session).study(caller.owner_id, study_id)
+        view = trial_detail(StudyRepository(session).trial(study.id, number), study)
+    return conditional(request, view)
+
+
+@router.get("/{study_id}/best", operation_id="get_best_trial", response_model=BestView)
+def get_best_trial(
+    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId
+) -> Response:
+    """Return the best trial within the constraints, its ties, and plain DPO beside it.
+
+    There is an answer at any time; `provisional` says whether the search goes on.
+    """
+    with database.reading() as session:
+        study = ExperimentRepository(session).study(caller.owner_id, study_id)
+        job = JobRepository(session).get(caller.owner_id, study.job_id)
+        view = best_view(session, study, job, ExperimentRepository(session).trials(study.id))
+    return conditional(request, view)
+
+
+@router.get("/{study_id}/pareto", operation_id="get_pareto_front", response_model=ParetoView)
+def get_pareto_front(
+    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId
+) -> Response:
+    """Return which trials no other one beats in log-loss, drift and GPU-seconds at once."""
+    study, rows, provisional = _read(database, caller.owner_id, study_id)
+    return conditional(request, pareto_view(study, rows, provisional=provisional))
+
+
+@router.get("/{study_id}/importance", operation_id="get_importance", response_model=ImportanceView)
+def get_importance(
+    request: Request,
+    caller: ReadsJobs,
+    database: Db,
+    study_id: StudyId,
+    target: Annotated[Target, Query(description="what the best trials have a low one of")] = (
+        "log_loss"
+    ),
+) -> Response:
+    """Return which parameters set the best trials apart, and which only seem to."""
+    study, rows, provisional = _read(database, caller.owner_id, study_id)
+    task = importance_task(rows, target)
+
+    def compute() -> bytes:
+        found = orjson.loads(run_task(task))
+        view = ImportanceView(
+            study_id=study.id,
+            provisional=provisional,
+            target=target,
+            data=found.pop("parameters"),
+            **found,
+        )
+        return view.model_dump_json().encode()
+
+    return _computed(
+        request, compute, of=(task, provisional), headers={"Content-Type": "application/json"}
+    )
+
+
+_CSV = "text/csv; charset=utf-8"
+_PARQUET = "application/vnd.apache.parquet"
+_LINES = "application/x-ndjson"
+_EXPORTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "All trials by number",
+        "content": {
+            "text/csv": {
+                "schema": {"type": "string"},
+                "example": "study_id,number,status,label,log_loss\nstudy_01jd8,0,complete,dpo,0.63",
+            },
+            _PARQUET: {"schema": {"type": "string", "format": "binary"}},
+            _LINES: {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+@router.get(
+    "/{study_id}/export",
+    operation_id="export_study",
+    response_class=Response,
+    responses=_EXPORTS,
+)
+def export_study(
+    request: Request,
+    caller: ReadsJobs,
+    database: Db,
+    study_id: StudyId,
+    form: Annotated[
+        ExportFormat,
+        Query(alias="format", description="`optuna`: a file for `JournalFileBackend`"),
+    ] = ExportFormat.CSV,
+) -> Response:
+    """Download all trials: a table with a row each, or a study that Optuna's own tools open."""
+    study, rows, _ = _read(database, caller.owner_id, study_id)
+    match form:
+        case ExportFormat.CSV:
+            text = csv_text(trial_table(rows))
+            return _file(request, text.encode, of=text, name=f"{study.id}.csv", media=_CSV)
+        case ExportFormat.PARQUET:
+            table = parquet_task(rows)
+            name = f"{study.id}.parquet"
+            return _file(request, partial(run_task, table), of=table, name=name, media=_PARQUET)
+        case ExportFormat.OPTUNA:
+            copy = journal_task(study, rows)
+            name = f"{study.id}.optuna.log"
+            return _file(request, partial(run_task, copy), of=copy, name=name, media=_LINES)
+        case _:
+            assert_never(form)
+
+
+def _file(
+    request: Request, compute: Callable[[], bytes], *, of: object, name: str, media: str
+) -> Response:
+    headers = {
+        "Content-Type": media,
+        "Content-Disposition": f'attachment; filename="{name}"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    return _computed(request, compute, of=(of,), headers=headers)
+
+
+def _read(
+    database: Database, owner_id: str, study_id: str
+) -> tuple[StudyRow, list[TrialRow], bool]:
+    """Return a study, all its trials by number, and whether it goes on."""
     with database.reading() as session:
         experiments = ExperimentRepository(session)
-        study = experiments.study(caller.owner_id, study_id)
-        page = experiments.trial_page(study.id, query)
-        views = [_trial(row) for row in page.rows]
-    return lists.page(views, [view.id for view in views], has_more=page.has_more)
+        study = experiments.study(owner_id, study_id)
+        job: Job = JobRepository(session).get(owner_id, study.job_id)
+        return study, experiments.trials(study.id), is_provisional(session, job)
 
 
-def _trial(row: TrialRow) -> TrialView:
-    return TrialView(
-        id=row.id,
-        study_id=row.study_id,
-        number=row.number,
-        status=row.status,
-        ended_by=row.ended_by,
-        origin=row.origin,
-        candidate=row.candidate,
-        log_loss=row.log_loss,
-        drift=row.drift,
-        feasible=row.feasible,
-        metrics=row.metrics,
-        gpu_seconds=row.gpu_seconds,
-        created_at=int(row.created_at),
-        finished_at=unix(row.finished_at),
-    )
+def _page(request: Request, views: list[Any], ids: list[str], *, has_more: bool) -> Response:
+    page = list_of(views, ids, has_more=has_more)
+    response = conditional(request, page)
+    response.headers.update(next_page(request, page))
+    return response
+
+
+def _computed(
+    request: Request,
+    compute: Callable[[], bytes],
+    *,
+    of: tuple[object, ...],
+    headers: dict[str, str],
+) -> Response:
+    """Return what is made from `of`, or 304: whoever has it already costs no computation."""
+    digest = hashlib.sha256(version("kdpo").encode())
+    for part in of:
+        text = part.model_dump_json() if isinstance(part, BaseModel) else str(part)
+        digest.update(text.encode())
+    etag = f'W/"{digest.hexdigest()[:32]}"'
+    validators = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if etag_matches(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=validators)
+    return Response(content=compute(), headers=headers | validators)

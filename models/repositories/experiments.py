@@ -150,11 +150,6 @@ class ExperimentRepository:
             trials[trial.study_id].append(trial)
         return [(row, trials[study_id]) for row, study_id in found]
 
-    def trial_page(self, study_id: str, query: PageQuery) -> Page[TrialRow]:
-        """Return one page of the trials of a study."""
-        statement = select(TrialRow).where(TrialRow.study_id == study_id)
-        return fetch_page(self._session, statement, TrialRow.id, query)
-
     def start_trial(
         self,
         fence: Fence,

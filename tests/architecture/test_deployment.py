@@ -80,7 +80,7 @@ def test_api_image_has_no_torch_and_proves_it() -> None:
     lines = stages()["api"]
     assert not any("worker" in line for line in lines)
     assert any('python -c "import torch"' in line and "exit 1" in line for line in lines)
-    assert any('python -c "import app.main"' in line for line in lines)
+    assert any('python -c "import app.main, app.study_tool"' in line for line in lines)
 
 
 @pytest.mark.parametrize("stage", ["api-build", "worker-build"])

@@ -146,6 +146,7 @@ def test_other_owners_objects_do_not_exist(world: World) -> None:
         "study_id": made["study"],
         "checkpoint_id": made["checkpoint"],
         "path": "config.json",
+        "number": "1",
     }
     bodies = {"export": {"json": {"merge": True}}, "versions": {"json": {"policy": {}}}}
     covered = 0
