@@ -33,6 +33,7 @@ _TRANSLATED = tuple(
         "192.88.99.0/24",
     )
 )
+_ENDING_IN_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def why_blocked(text: str, rule: HostRule) -> str | None:
     address: Address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    if address in _METADATA:
+    if address in _METADATA or _behind_gateway(address) in _METADATA:
         return "is a metadata address"
     if address.is_multicast:
         return "is a multicast address"
@@ -98,6 +99,20 @@ def why_blocked(text: str, rule: HostRule) -> str | None:
         inside = any(address.version == n.version and address in n for n in rule.networks)
         return None if inside else "lies outside the networks that the host's entry names"
     return _why_not_public(address)
+
+
+def _behind_gateway(address: Address) -> Address | None:
+    """Return the IPv4 address that a gateway would connect to: the usual NAT64, 6to4, compatible.
+
+    None where the address has another form.
+    """
+    if address.version == 4:
+        return None
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if any(address in network for network in _ENDING_IN_IPV4):
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return None
 
 
 def _why_not_public(address: Address) -> str | None:

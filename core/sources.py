@@ -151,6 +151,9 @@ def locate(url: str, settings: Settings) -> Location:
         raise _unusable("it has a user name or password before the host")
     if parts.fragment:
         raise _unusable("it has a fragment (#)")
+    # The resolver's encoding raises no OSError on these.
+    if not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        raise _unusable("a part of its host's name is empty or longer than 63 characters")
     rules = [parse_host_rule(text) for text in settings.sources.https_hosts]
     rule = rule_for(rules, host.lower(), port)
     if rule is None:

@@ -410,6 +410,9 @@ def test_redirects_stay_on_the_host(fetching: Fetching) -> None:
             return Reply(302, headers={"Location": f"https://127.0.0.1:{fetching.https.port}/new"})
         if asked.path == "/plain":
             return Reply(301, headers={"Location": "http://169.254.169.254/latest/meta-data"})
+        if asked.path in ("/port", "/bracket"):
+            where = "https://localhost:x/" if asked.path == "/port" else "https://[/"
+            return Reply(302, headers={"Location": where})
         if asked.path == "/loop":
             return Reply(307, headers={"Location": "/loop"})
         return file_reply(asked, pairs(40))
@@ -418,6 +421,8 @@ def test_redirects_stay_on_the_host(fetching: Fetching) -> None:
     for path, code in (
         ("/away", "source_not_allowed"),
         ("/plain", "source_not_allowed"),
+        ("/port", "source_refused"),
+        ("/bracket", "source_refused"),
         ("/loop", "source_refused"),
     ):
         error = fetching.refused({"type": "https", "url": fetching.url(path)})

@@ -43,7 +43,10 @@ def test_a_network_permits_what_lies_in_it_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["169.254.169.254", "::ffff:169.254.169.254", "224.0.0.1", "0.0.0.0", "fd00:ec2::254"],  # noqa: S104
+    [
+        *("169.254.169.254", "::ffff:169.254.169.254", "224.0.0.1", "0.0.0.0", "fd00:ec2::254"),  # noqa: S104
+        *("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "::169.254.169.254"),
+    ],
 )
 def test_no_network_permits_metadata_multicast_or_nothing(address: str) -> None:
     assert why_blocked(address, parse_host_rule("h=0.0.0.0/0|::/0")) is not None

@@ -85,6 +85,7 @@ def test_secrets_are_named_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> N
         *("https://user:pw@a.org/x", "https://a.org@evil.net/", "https://a.org/x#part"),
         *("https://a.org/a b", "https://a.org/\r\nHost: x", "https://a.org\\@evil.net/"),
         *("https://a.org:99999/", "https://a.org:x/", "https://bücher.org/", "https://[::1/"),
+        *("https://a..net/", "https://.net/", f"https://{'a' * 64}.net/"),
     ],
 )
 def test_urls_that_cannot_be_used(url: str) -> None:

@@ -114,12 +114,17 @@ class HttpsFile:
         return headers
 
     def _next(self, location: Location, target: str) -> Location:
-        """Return where a redirect leads, on the same host: it was resolved and judged."""
-        found = urlsplit(urljoin(_url(location), target))
+        """Return where a redirect leads, on the same host: it was resolved and judged.
+
+        Raises:
+            NotPermitted: `source_not_allowed`: it leads to another host, port or scheme.
+            InvalidInput: `source_refused`, `unusable_url`: it is no address, or none to ask.
+        """
         try:
+            found = urlsplit(urljoin(_url(location), target))
             port = found.port or HTTPS_PORT
-        except ValueError:
-            port = 0
+        except ValueError as error:
+            raise _refused(location, "it redirects to what is no address") from error
         if (found.scheme, found.hostname, port) != ("https", location.host, location.port):
             raise NotPermitted(
                 f"the host {location.host} redirects to "
