@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-search bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -78,6 +78,12 @@ bench-train: setup ## Time training against TRL's DPOTrainer (minutes; FULL=1: m
 # DATA=folder and LIMIT=runs are for FULL=1.
 bench-selection: setup ## Compare recommendations with trained rankings (FULL=1: measure)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.selection $(if $(FULL),--full) \
+	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+
+# FULL=1 first trains what the table with several settings lacks (hours for all); it can be stopped and goes on.
+# DATA=folder and LIMIT=runs are for FULL=1.
+bench-search: setup ## Replay search strategies on recorded runs (FULL=1: measure)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.search $(if $(FULL),--full) \
 	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
 
 # FULL=1 measures the sizes that the kept table lacks (half an hour); it can be stopped and goes on.

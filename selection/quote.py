@@ -32,6 +32,8 @@ _LEAST_SPREAD = 0.02
 _TRUST = 2.0
 """Tasks of an arm that weigh as much as all others' ratio."""
 _DRAWS = 400
+_REPEATED = 0.8
+"""How often finalists are too close to tell: in most made-up worlds they are."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def quote(plan: Plan, study: Study, *, workers: int = 1) -> Quote:
     rng = np.random.default_rng(_bits(f"quote:{plan.seed}"))
     common = np.exp(rng.normal(0.0, costs.spread / math.sqrt(1 + timed), size=_DRAWS))
     each = np.exp(rng.normal(0.0, costs.spread, size=(_DRAWS, len(left.seconds))))
-    run = ~np.array(left.maybe, dtype=bool) | (rng.random((_DRAWS, 1)) < 0.5)
+    run = ~np.array(left.maybe, dtype=bool) | (rng.random((_DRAWS, 1)) < _REPEATED)
     rest = common * ((np.array(left.seconds) * each) * run).sum(axis=1)
     total = study.spent_seconds + rest
     if plan.budget.gpu_seconds is not None:
