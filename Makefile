@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-search bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-search bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -78,6 +78,11 @@ bench-train: setup ## Time training against TRL's DPOTrainer (minutes; FULL=1: m
 # DATA=folder and LIMIT=runs are for FULL=1.
 bench-selection: setup ## Compare recommendations with trained rankings (FULL=1: measure)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.selection $(if $(FULL),--full) \
+	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+
+# FULL=1 measures what the kept table lacks (half an hour of one core for all); it can be stopped and goes on.
+bench-kernel-term: setup ## Compare uses of kernels in the loss with γ = 0 (FULL=1: measure)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernel_term $(if $(FULL),--full) \
 	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
 
 # FULL=1 first trains what the table with several settings lacks (hours for all); it can be stopped and goes on.

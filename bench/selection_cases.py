@@ -103,14 +103,15 @@ def _hash_of(patterns: Sequence[str]) -> str:
 class _Rungs:
     """Hooks of a run that nobody stops; it is scored at its rungs."""
 
-    def __init__(self, score: Callable[[], TrialScore | None]) -> None:
+    def __init__(self, score: Callable[[], TrialScore | None], rungs: Sequence[int]) -> None:
         self._score = score
+        self._rungs = rungs
         self.found: dict[str, dict[str, float]] = {}
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
     def stepped(self, step: int, total: int) -> None:
-        if step in RUNGS and (score := self._score()) is not None:
+        if step in self._rungs and (score := self._score()) is not None:
             self.found[str(step)] = _figures(score)
 
     def stopping(self) -> bool:
@@ -143,13 +144,13 @@ class OpenCase:
         """All metrics, as a recommendation job measures them."""
         return profile_dataset(self.features, seed=self.seed)
 
-    def run(self, objective: ObjectiveSpec) -> dict[str, Any]:
-        """Train from the reference's weights and score on validation.
+    def run(self, objective: ObjectiveSpec, *, at: Sequence[int] = RUNGS) -> dict[str, Any]:
+        """Train from the reference's weights and score on validation, and on the way at steps `at`.
 
         A run that meets NaN has no losses; `ended_by` says so.
         """
         started = time.perf_counter()
-        rungs = _Rungs(self.score)
+        rungs = _Rungs(self.score, at)
         outcome = train(
             self.policy,
             build_objective(objective, geometry=self.geometry, head=self.policy.head.weight),
@@ -229,8 +230,11 @@ def open_case(
     scratch: Path,
     steps: int = BUDGET["steps"],
     validation_pairs: int = VALIDATION_PAIRS,
+    train_pairs: int | None = None,
 ) -> OpenCase:
     """Read a file, split it by the seed, and run the reference over it once.
+
+    Of training pairs the first `train_pairs` are taken, or all.
 
     Raises:
         RuntimeError: the file cannot become a dataset.
@@ -250,7 +254,7 @@ def open_case(
         )
         for name in (Split.TRAIN, Split.VALIDATION)
     }  # fmt: skip
-    pairs = split[Split.TRAIN].pairs
+    pairs = split[Split.TRAIN].pairs[:train_pairs]
     validation = split[Split.VALIDATION].pairs[:validation_pairs]
     store = ReferenceStore(
         scratch / "reference", max_bytes=2 * _STATES_BYTES, states_bytes=_STATES_BYTES

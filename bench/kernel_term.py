@@ -1,0 +1,151 @@
+"""Does any use of kernels in the loss beat its own γ = 0 at equal drift?
+
+`make bench-kernel-term` reports the kept table; `FULL=1` first measures what it lacks: short runs
+of every variant for every dataset and seed, one JSON line each. It can be stopped and goes on.
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import kernel_report
+from bench.kernel_cases import BUDGET, SCALES, VARIANTS, about, functions, run, versions
+from bench.kernel_report import TABLE
+from bench.selection import SEEDS, TINY, Source, find
+from bench.selection_cases import OpenCase, open_case
+from bench.train import environment
+from bench.train_report import Table
+from core.lifecycle import EndedBy
+from core.run_spec import LoraSpec
+from worker.training.model import load_policy
+
+
+def missing(table: Table, source: Source, *, seed: int) -> tuple[str, ...]:
+    """Names of the variants that the table lacks of a dataset and seed.
+
+    A run that was not scored at all scales, nor broke down, is to be measured again.
+    """
+    at = {"data": source.name, "sha256": source.sha256, "seed": seed, "budget": BUDGET}
+    whole = {
+        (row["variant"], row["version"])
+        for row in table.rows
+        if row.get("kind") == "run"
+        and all(row[name] == value for name, value in at.items())
+        and (row["ended_by"] != EndedBy.BUDGET or len(row["points"]) == len(SCALES))
+    }
+    return tuple(name for name, version in versions().items() if (name, version) not in whole)
+
+
+def measured(
+    case: OpenCase, source: Source, names: Sequence[str], *, known: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of what is missing: what the functions say, unless it is known, then runs one by one."""
+    at = {"data": source.name, "sha256": source.sha256, "seed": case.seed, "budget": BUDGET}
+    found = functions(case)
+    if not known:
+        yield {"kind": "case", **at, **about(case, found)}
+    for name in names:
+        yield {
+            "kind": "run", **at, "variant": name, "version": versions()[name],
+            **run(case, VARIANTS[name], found),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What the table lacks of one dataset and seed."""
+
+    source: Source
+    seed: int
+    variants: tuple[str, ...]
+
+
+def todos(
+    table: Table, sources: Sequence[Source], *, seeds: Sequence[int], variants: Sequence[str]
+) -> list[Todo]:
+    """What is missing of these, every dataset of a seed before the next seed."""
+    found = []
+    for seed in seeds:
+        for source in sources:
+            lacking = missing(table, source, seed=seed)
+            names = tuple(name for name in lacking if name in variants)
+            if names:
+                found.append(Todo(source, seed, names))
+    return found
+
+
+def fill(table: Table, todo: Sequence[Todo], *, limit: int | None) -> None:
+    """Measure what is missing; with a limit it ends after so many runs."""
+    left = sum(len(each.variants) for each in todo)
+    if not left:
+        print("nothing is missing", flush=True)
+        return
+    where = environment()
+    # A tiny model gains nothing from threads, and others may want the cores.
+    torch.set_num_threads(1)
+    table.append({"environment": where | {"threads": torch.get_num_threads()}})
+    policy = load_policy(TINY, lora=LoraSpec(), device=torch.device("cpu"))
+    runs: Counter[str] = Counter()
+    for each in todo:
+        source, seed = each.source, each.seed
+        at = {"data": source.name, "sha256": source.sha256, "seed": seed, "budget": BUDGET}
+        known = table.has(kind="case", **at)
+        with tempfile.TemporaryDirectory() as scratch:
+            case = open_case(
+                policy, source.path, seed=seed, scratch=Path(scratch),
+                steps=BUDGET["steps"], train_pairs=BUDGET["train_pairs"],
+                validation_pairs=BUDGET["validation_pairs"],
+            )  # fmt: skip
+            for row in measured(case, source, each.variants, known=known):
+                table.append(row)
+                runs[row["kind"]] += 1
+                _tell(row, done=runs["run"], of=left)
+                if limit is not None and runs["run"] >= limit:
+                    return
+
+
+def _tell(row: dict[str, Any], *, done: int, of: int) -> None:
+    place = f"{row['data']} seed {row['seed']}"
+    if row["kind"] == "case":
+        said = ", ".join(
+            f"{name} {f['held_out_accuracy']:.3f}" for name, f in row["functions"].items()
+        )
+        print(f"{place}: held-out accuracy of f: {said}", flush=True)
+        return
+    drift = row["points"][-1]["drift"] if row["points"] else float("nan")
+    print(
+        f"{place} {row['variant']}: drift {drift:.4f}, {row['seconds']:.1f} s; run {done}/{of}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="measure what the table lacks")
+    parser.add_argument("--limit", type=int, help="with --full: at most so many runs")
+    parser.add_argument("--data", type=Path, help="folder of .jsonl or .jsonl.gz files")
+    parser.add_argument("--datasets", nargs="+", help="names of files in it, without endings")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, choices=SEEDS)
+    parser.add_argument("--variants", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
+    parser.add_argument("--table", type=Path, default=TABLE, help="where rows are kept")
+    options = parser.parse_args()
+    if not options.full and (options.limit or options.data or options.datasets):
+        parser.error("--limit, --data and --datasets are of what is measured: add --full")
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit {options.limit}: expected 1 or more runs")
+    table = Table(options.table)
+    if options.full:
+        sources = find(options.data, options.datasets)
+        todo = todos(table, sources, seeds=options.seeds, variants=options.variants)
+        fill(table, todo, limit=options.limit)
+    kernel_report.report(table, publish=options.table == TABLE)
+
+
+if __name__ == "__main__":
+    main()
