@@ -246,6 +246,15 @@ def test_what_is_ambiguous_or_absent_is_said(fetching: Fetching) -> None:
         assert all(name in error["message"] for name in named), error
 
 
+def test_cards_that_cannot_be_read(fetching: Fetching) -> None:
+    # Each of these would be twice as large as the one before.
+    merged = "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    for metadata in ("- a list", "a: [", f"a0: &a0 {{x: 1}}\n{merged}"):
+        fetching.hub.files["README.md"] = f"---\n{metadata}\n---\n".encode()
+        error = fetching.refused(HUB)
+        assert (error["code"], "README.md" in error["message"]) == ("source_unreadable", True)
+
+
 def test_a_refusal_is_the_answer_of_a_request_that_waits(fetching: Fetching) -> None:
     worker = fetching.world.soon(fetching.work, JobKind.DATASET)
     answer = fetching.world.post(

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -134,9 +134,27 @@ def _card(
         with path.open("wb") as file:
             _get(source, commit, CARD, file, offset=0, size=files[CARD].size, token=token)
         try:
-            return metadata_load(path) or {}
+            return _metadata(path.read_text(encoding="utf-8-sig"))
         except (ValueError, yaml.YAMLError, RecursionError) as error:
-            raise _bad_card("begins with metadata that is no YAML") from error
+            raise _bad_card("begins with metadata that is no YAML, or none to read") from error
+
+
+def _metadata(card: str) -> dict[str, Any]:
+    """Return the metadata of a card, {} where it has none."""
+    block = REGEX_YAML_BLOCK.search(card)
+    data = None if block is None else yaml.load(block[2], Loader=_CardLoader)  # noqa: S506 - a safe one
+    if not isinstance(data, dict | None):
+        raise ValueError(f"expected a mapping, received a {type(data).__name__}")
+    return data or {}
+
+
+class _CardLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """Reads no merge keys (`<<`): a card of some lines could grow to any size by them."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys", node.start_mark)
+        super().flatten_mapping(node)
 
 
 def _get(

@@ -150,9 +150,12 @@ def _patterns(stated: object, config: str) -> dict[str, list[str]]:
                     f"`data_files` of configuration {config!r} mixes forms; expected entries of "
                     "`split` and `path`"
                 )
-            if str(item["split"]) in found:
-                raise _unreadable(f"configuration {config!r} has split {item['split']!r} twice")
-            found[str(item["split"])] = _texts(item["path"], config)
+            split = item["split"]
+            if not isinstance(split, str | int | float):
+                raise _unreadable(f"a split of configuration {config!r} has no name")
+            if str(split) in found:
+                raise _unreadable(f"configuration {config!r} has split {split!r} twice")
+            found[str(split)] = _texts(item["path"], config)
     else:
         found = {TRAIN: _texts(stated, config)}
     return found
@@ -162,9 +165,11 @@ def _texts(value: object, config: str) -> list[str]:
     texts: list[str] = []
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str) or "://" in text:
+            # Never as text: lists that are in each other many times over would not end.
+            named = repr(text[:100]) if isinstance(text, str) else f"a {type(text).__name__}"
             raise _unreadable(
-                f"`data_files` of configuration {config!r} names {str(text)[:100]!r}; only files "
-                "of the repository are read"
+                f"`data_files` of configuration {config!r} names {named}; only files of the "
+                "repository are read"
             )
         texts.append(text)
     return texts
@@ -176,33 +181,65 @@ def _matching(paths: Mapping[str, str], pattern: str) -> list[str]:
     if not any(mark in pattern for mark in "*[?"):
         folder = pattern.rstrip("/") + "/"
         return [path for path in paths if path == pattern or path.startswith(folder)]
-    form = _glob(pattern)
-    return [path for path in paths if form.fullmatch(path)]
+    tokens = _tokens(pattern)
+    return [path for path in paths if _fits(tokens, path)]
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
-    """Return a glob as a pattern of whole paths: `*` stays in a folder, `**` does not."""
-    made: list[str] = []
+def _tokens(pattern: str) -> list[str | re.Pattern[str]]:
+    """Return the parts of a glob: characters, `?`, `*`, `**`, `**/`, and `[...]` as a pattern."""
+    tokens: list[str | re.Pattern[str]] = []
     for part in re.findall(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\]|.", pattern):
-        match part:
-            case "**/":
-                made.append("(?:.*/)?")
-            case "**":
-                made.append(".*")
-            case "*":
-                made.append("[^/]*")
-            case "?":
-                made.append("[^/]")
-            case _ if len(part) > 1:
-                negated = part[1] in "!^"
-                inner = part[2 if negated else 1 : -1].replace("\\", "\\\\").replace("[", "\\[")
-                made.append(f"[{'^' if negated else ''}{inner}]")
-            case _:
-                made.append(re.escape(part))
-    try:
-        return re.compile("".join(made))
-    except re.error as error:
-        raise _unreadable(f"the pattern {pattern[:100]!r} cannot be read: {error}") from error
+        if part[0] != "[" or len(part) == 1:
+            tokens.append(part)
+            continue
+        negated = part[1] in "!^"
+        inner = part[2 if negated else 1 : -1].replace("\\", "\\\\").replace("[", "\\[")
+        try:
+            tokens.append(re.compile(f"[{'^' if negated else ''}{inner}]"))
+        except re.error as error:
+            raise _unreadable(f"the pattern {pattern[:100]!r} cannot be read: {error}") from error
+    return tokens
+
+
+def _fits(tokens: Sequence[str | re.Pattern[str]], path: str) -> bool:
+    """Whether a glob names a whole path: `*` stays in a folder, `**` does not.
+
+    All ways to read it go on at once, character by character: as a regular expression a card's
+    pattern of many stars could be tried for years.
+    """
+    at = _entered(tokens, 0)
+    for character in path:
+        after: set[int] = set()
+        for state in at:
+            match tokens[state] if state < len(tokens) else None:
+                case None:
+                    continue
+                case "**/":
+                    after |= {state} | (_entered(tokens, state + 1) if character == "/" else set())
+                case "**":
+                    after |= _entered(tokens, state)
+                case "*":
+                    after |= _entered(tokens, state) if character != "/" else set()
+                case token:
+                    after |= _entered(tokens, state + 1) if _is_one(token, character) else set()
+        if not after:
+            return False
+        at = after
+    return len(tokens) in at
+
+
+def _entered(tokens: Sequence[str | re.Pattern[str]], state: int) -> set[int]:
+    """Return where a reading can be that has come to a token: stars may stand for nothing."""
+    first = state
+    while state < len(tokens) and tokens[state] in ("*", "**", "**/"):
+        state += 1
+    return set(range(first, state + 1))
+
+
+def _is_one(mark: str | re.Pattern[str], character: str) -> bool:
+    if isinstance(mark, re.Pattern):
+        return mark.fullmatch(character) is not None
+    return character != "/" if mark == "?" else character == mark
 
 
 def _by_folders(converted: Sequence[re.Match[str]]) -> list[_Config]:

@@ -133,6 +133,43 @@ def test_the_same_rows_in_two_formats_are_read_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("**", ["a.csv", "d/a.csv", "d/e/a.csv", "d/e/b.csv"]),
+        ("**/a.csv", ["a.csv", "d/a.csv", "d/e/a.csv"]),
+        ("d/**/a.csv", ["d/a.csv", "d/e/a.csv"]),
+        ("d/**a.csv", ["d/a.csv", "d/e/a.csv"]),
+        ("*/a.csv", ["d/a.csv"]),
+        ("d/**/*", ["d/a.csv", "d/e/a.csv", "d/e/b.csv"]),
+        ("d/e/[!a].csv", ["d/e/b.csv"]),
+        ("d/e/[a-c]?csv", ["d/e/a.csv", "d/e/b.csv"]),
+        ("d?a.csv", []),
+        ("./d/*", ["d/a.csv"]),
+    ],
+)
+def test_patterns_of_a_card(pattern: str, files: list[str]) -> None:
+    card = {"configs": [{"config_name": "a", "data_files": pattern}]}
+    there = ["a.csv", "d/a.csv", "d/e/a.csv", "d/e/b.csv"]
+    if files:
+        assert list(choose_files(there, card, config=None, split=None).files) == files
+    else:
+        with pytest.raises(InvalidInput, match="names no data files"):
+            choose_files(there, card, config=None, split=None)
+
+
+def test_a_hostile_card_ends_soon() -> None:
+    stars = {"configs": [{"config_name": "a", "data_files": "*a" * 30 + "b.csv"}]}
+    nested: Any = "x"
+    for _ in range(40):
+        nested = [nested, nested]
+    lists = {"configs": [{"config_name": "a", "data_files": [nested]}]}
+    splits = {"configs": [{"config_name": "a", "data_files": [{"split": nested, "path": "x"}]}]}
+    for card, found in ((stars, "names no"), (lists, "names a list"), (splits, "has no name")):
+        with pytest.raises(InvalidInput, match=found):
+            choose_files(["a" * 200 + ".csv"], card, config=None, split=None)
+
+
+@pytest.mark.parametrize(
     ("files", "card", "found"),
     [
         (["README.md", "prefs.py"], {}, "only the script 'prefs.py', which is never run"),
