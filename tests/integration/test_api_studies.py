@@ -444,7 +444,8 @@ def test_the_optuna_file_opens_with_optunas_own_tools(
     assert best.datetime_start is not None
     assert int(best.datetime_start.timestamp()) == row["created_at"]
     study.enqueue_trial(best.params)  # it is a whole study: one may go on with it
-    assert study.ask().params == {}
+    beta = study.trials[0].distributions["beta"]
+    assert study.ask({"beta": beta}).params == {"beta": best.params["beta"]}
 
 
 def test_optuna_computes_importances_and_tables_from_the_file(world: World, tmp_path: Path) -> None:
