@@ -7,6 +7,7 @@ drawn by lot. It can be stopped and goes on.
 
 import argparse
 import hashlib
+import pprint
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -28,6 +29,8 @@ from bench.selection_cases import (
     open_case,
     recommender_version,
 )
+from bench.selection_prior import fit_prior, rounded
+from bench.selection_read import evidence
 from bench.selection_report import TABLE
 from bench.train import environment
 from bench.train_report import Table
@@ -200,13 +203,21 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="with --full: at most so many runs")
     parser.add_argument("--data", type=Path, help="folder of .jsonl or .jsonl.gz files")
     parser.add_argument("--datasets", nargs="+", help="names of files in it, without endings")
+    parser.add_argument(
+        "--prior", action="store_true", help="print the prior table that the kept runs give"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="where rows are kept")
     options = parser.parse_args()
+    if options.prior and options.full:
+        parser.error("--prior prints what is kept, --full measures: one at a time")
     if not options.full and (options.limit or options.data or options.datasets):
         parser.error("--limit, --data and --datasets are of what is measured: add --full")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected 1 or more runs")
     table = Table(options.table)
+    if options.prior:
+        pprint.pprint(rounded(fit_prior(list(evidence(table.rows).values()))), sort_dicts=False)
+        return
     if options.full:
         fill(table, find(options.data, options.datasets), limit=options.limit)
     selection_report.report(table, publish=options.table == TABLE)

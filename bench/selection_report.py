@@ -1,28 +1,21 @@
 """From rows of `bench.selection` to a block in docs/selection.md, goals and one JSON line."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from bench.report import ROOT
 from bench.selection_cases import (
     BUDGET,
     HELD_OUT,
     PAIRS,
-    PLAIN,
     SHUFFLED_PAIRS,
-    claims,
-    metrics_version,
-    pair_name,
     recommender_version,
 )
+from bench.selection_read import SHAPE, Found, Row, read
 from bench.selection_stats import (
     TOP,
     Case,
@@ -36,9 +29,8 @@ from bench.selection_stats import (
     share,
 )
 from bench.train_report import Table
-from core.profile import DatasetProfile, Estimate
+from core.profile import Estimate
 from core.spec import BASE_KERNELS, DivergenceName
-from selection.recommender import recommend
 
 TABLE = ROOT / "bench" / "tables" / "selection.jsonl"
 SUMMARY = ROOT / "bench" / "results" / "selection.json"
@@ -46,115 +38,6 @@ PAGE = ROOT / "docs" / "selection.md"
 BEGIN, END = "<!-- selection: begin -->", "<!-- selection: end -->"
 MIN_DATASETS, MIN_SEEDS = 4, 2
 """A goal is met on no less."""
-
-Row = dict[str, Any]
-_SHAPE = (len(BASE_KERNELS), len(DivergenceName))
-
-
-@dataclass(frozen=True)
-class Found:
-    """A whole case with what its report needs besides the statistics."""
-
-    case: Case
-    runs: dict[str, Row]
-    train_pairs: int
-    claims: bool
-    stale: bool
-
-    @property
-    def plain(self) -> float:
-        """Log-loss of plain DPO."""
-        return float(self.case.plain.mean())
-
-    @property
-    def recommended(self) -> int:
-        """Number of the pair that is recommended first."""
-        return self.case.order[0]
-
-    def gains(self) -> Floats:
-        """Percent of plain DPO's log-loss that each pair wins, (kernels, divergences)."""
-        return 100.0 * (self.plain - self.case.trained.reshape(_SHAPE)) / self.plain
-
-    def drifts(self) -> Floats:
-        """Drift of each pair over plain DPO's, (kernels, divergences)."""
-        plain = self.runs[PLAIN].get("drift")
-        drifts = [self.runs[name].get("drift", math.nan) for name in PAIRS]
-        return np.array(drifts).reshape(_SHAPE) / (plain or math.nan)
-
-
-def read(rows: Sequence[Row]) -> tuple[list[Found], list[str]]:
-    """The whole cases of the present budget, and sentences about those that are not whole.
-
-    The recommendation is made anew from the stored metrics, so that it is today's.
-    """
-    profiles: dict[tuple[str, str, int], Row] = {}
-    runs: dict[tuple[str, str, int], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        if row.get("budget") != BUDGET:
-            continue
-        key = (row["data"], row["sha256"], row["seed"])
-        if row["kind"] == "case":
-            profiles[key] = row
-        elif row["kind"] == "run":
-            runs[key][row["pair"]] = row
-    whole, told = [], []
-    for key in sorted(profiles.keys() | runs.keys()):
-        name = f"{key[0]}, seed {key[2]}"
-        lacking = len({PLAIN, *PAIRS} - runs[key].keys())
-        if lacking:
-            told.append(f"{name}: {lacking} of {len(PAIRS) + 1} runs are missing.")
-        elif key not in profiles or (profile := _profile(profiles[key])) is None:
-            told.append(f"{name}: the metrics are missing, or too old to be read.")
-        else:
-            whole.append(_found(profiles[key], profile, runs[key]))
-    return whole, told
-
-
-def _profile(about: Row) -> DatasetProfile | None:
-    """The stored metrics; None when they were written before the present fields."""
-    try:
-        return DatasetProfile.model_validate(about["profile"])
-    except ValidationError:
-        return None
-
-
-def _found(about: Row, profile: DatasetProfile, runs: dict[str, Row]) -> Found:
-    ranking = {
-        pair_name(entry.kernel, entry.divergence): entry.score.value
-        for entry in recommend(profile).ranking
-        if entry.mode == "penalty"
-    }
-    prompts = len(about["group"])
-    losses = {name: np.array(_losses(run, prompts)) for name, run in runs.items()}
-    case = Case(
-        data=about["data"],
-        seed=about["seed"],
-        # Scores are sums of parts: what is equal but for rounding is a tie.
-        scores=np.array([ranking[name] for name in PAIRS]).round(9),
-        order=[PAIRS.index(name) for name in ranking if name in PAIRS],
-        losses=np.stack([losses[name] for name in PAIRS]),
-        plain=losses[PLAIN],
-        group=np.array(about["group"]),
-    )
-    return Found(
-        case=case,
-        runs=runs,
-        train_pairs=about["train_pairs"],
-        claims=claims(profile)["claims"],
-        stale=about["metrics"] != metrics_version(),
-    )
-
-
-def _losses(run: Row, pairs: int) -> list[float]:
-    """A run's losses; one that broke down has learned nothing, which costs ln 2 a pair."""
-    losses = run["losses"] or [math.log(2.0)] * pairs
-    if len(losses) != pairs:
-        raise RuntimeError(
-            f"{run['data']}, seed {run['seed']}: {run['pair']} has {len(losses)} losses and the "
-            f"case {pairs} validation pairs; they are of different code: remove its rows and "
-            "measure them anew"
-        )
-    return losses
 
 
 def agreement(case: Case) -> Callable[[Floats], float]:
@@ -164,7 +47,7 @@ def agreement(case: Case) -> Callable[[Floats], float]:
 
 def _by_part(case: Case, axis: int) -> float:
     """Tau of kernels (axis 0) or divergences (axis 1) alone, means over the other."""
-    scores, losses = (x.reshape(_SHAPE).mean(axis=1 - axis) for x in (case.scores, case.trained))
+    scores, losses = (x.reshape(SHAPE).mean(axis=1 - axis) for x in (case.scores, case.trained))
     return kendall_tau(scores.round(9), -losses)
 
 
@@ -211,6 +94,15 @@ def statistics(found: Sequence[Found]) -> dict[str, Estimate]:
         "recommended − random pair": mean(lambda f: first(f) - float(f.case.trained.mean())),
         "recommended − plain DPO": mean(lambda f: first(f) - f.plain),
     }
+    for told, pick in (
+        ("metrics alone, no table", lambda f: f.metrics),
+        ("shipped table, which saw these runs", lambda f: f.shipped),
+    ):
+        within = sum(best_is_within(pick(f).order, f.case.trained) for f in found)
+        said |= {
+            f"τ: {told}": mean(lambda f, pick=pick: agreement(pick(f))(f.case.trained)),
+            f"best pair in top {TOP}: {told}": share(within, len(cases)),
+        }
     again = between_seeds(found)
     return said if again is None else {**said, "τ between trained rankings of two seeds": again}
 
@@ -321,7 +213,7 @@ def _part_table(found: Sequence[Found]) -> str:
         pick = partial(np.take, indices=number, axis=axis)
         gain = over_datasets(cases, [float(pick(each.gains()).mean()) for each in found])
         drift = np.nanmean([np.nanmean(pick(each.drifts())) for each in found])
-        score = np.mean([pick(case.scores.reshape(_SHAPE)).mean() for case in cases])
+        score = np.mean([pick(case.scores.reshape(SHAPE)).mean() for case in cases])
         lines.append(f"| {name} | {_said(gain, 2)} | {drift:.2f} | {score:.2f} |")
     return "\n".join(lines)
 

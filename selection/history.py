@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from core.profile import DatasetProfile, HistoryUse
 from core.spec import DivergenceName, KernelName
 from selection.parts import (
-    DIVERGENCES,
-    KERNEL_SD,
     Refinement,
     Shift,
     by_kernel,
     divergence_parts,
     kernel_parts,
 )
+from selection.prior import PRIOR, PriorTable
 
 Floats = NDArray[np.float64]
 
@@ -36,9 +35,14 @@ OTHER_MODEL = 0.5
 NOISE_SD = 0.5
 
 _NAMES: tuple[KernelName | DivergenceName, ...] = (*KernelName, *DivergenceName)
-_PRIOR_SD = np.array(
-    [DIVERGENCES[n].sd if isinstance(n, DivergenceName) else KERNEL_SD for n in _NAMES]
-)
+
+
+def _variances(prior: PriorTable) -> Floats:
+    """What a dataset's own effects vary by, (12,)."""
+    sds = [
+        prior.divergence_sd if isinstance(n, DivergenceName) else prior.kernel_sd for n in _NAMES
+    ]
+    return np.square(sds)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,13 @@ class PastSearch:
     gains: tuple[Gain, ...]
 
 
-def refine(profile: DatasetProfile, *, model: str, past: Sequence[PastSearch]) -> Refinement:
+def refine(
+    profile: DatasetProfile,
+    *,
+    model: str,
+    past: Sequence[PastSearch],
+    prior: PriorTable = PRIOR,
+) -> Refinement:
     """Return what finished searches say about a dataset, weighted by how well they predict.
 
     The weight is 0 below five searches, and where predicting each from the others does not lower
@@ -79,8 +89,9 @@ def refine(profile: DatasetProfile, *, model: str, past: Sequence[PastSearch]) -
                 "ranking is that of the metrics and the prior table.",
             ),
         )
-    rows = [_Rows.of(search) for search in searches]
-    weight = _weight(searches, rows)
+    variances = _variances(prior)
+    rows = [_Rows.of(search, prior) for search in searches]
+    weight = _weight(searches, rows, variances)
     if weight == 0.0:
         says = (
             f"{len(searches)} finished searches do not predict each other better than the metrics "
@@ -90,11 +101,11 @@ def refine(profile: DatasetProfile, *, model: str, past: Sequence[PastSearch]) -
             shifts={}, use=HistoryUse(searches=len(searches), weight=0.0, sentence=says)
         )
     near = [_nearness(profile, model, search) for search in searches]
-    mean, variance = _posterior(rows, near)
+    mean, left = _posterior(rows, near, variances)
     shifts = {
         name: Shift(
             mean=weight * float(mean[i]),
-            explained=weight * float(_PRIOR_SD[i] ** 2 - variance[i]),
+            explained=weight * float(variances[i] - left[i]),
         )
         for i, name in enumerate(_NAMES)
     }
@@ -116,9 +127,9 @@ class _Rows:
     left: Floats
 
     @classmethod
-    def of(cls, search: PastSearch) -> "_Rows":
-        kernels = kernel_parts(by_kernel(search.profile))
-        divergences = divergence_parts(search.profile)
+    def of(cls, search: PastSearch, prior: PriorTable) -> "_Rows":
+        kernels = kernel_parts(by_kernel(search.profile), prior=prior)
+        divergences = divergence_parts(search.profile, prior=prior)
         design = np.zeros((len(search.gains), len(_NAMES)))
         left = np.zeros(len(search.gains))
         for row, gain in enumerate(search.gains):
@@ -133,13 +144,15 @@ class _Rows:
         return cls(design - design.mean(0), left - left.mean())
 
 
-def _posterior(rows: Sequence[_Rows], near: Sequence[float]) -> tuple[Floats, Floats]:
+def _posterior(
+    rows: Sequence[_Rows], near: Sequence[float], variances: Floats
+) -> tuple[Floats, Floats]:
     """Mean and variance (12,) of the effects: ridge with the prior's variances, weighted rows.
 
     The noise is all that is left over, effects included: it shrinks too much, never too little.
     """
     noise = max(NOISE_SD**2, float(np.mean(np.concatenate([r.left for r in rows]) ** 2)))
-    precision = np.diag(1.0 / _PRIOR_SD**2)
+    precision = np.diag(1.0 / variances)
     moment = np.zeros(len(_NAMES))
     for row, weight in zip(rows, near, strict=True):
         precision += weight / noise * row.design.T @ row.design
@@ -150,7 +163,7 @@ def _posterior(rows: Sequence[_Rows], near: Sequence[float]) -> tuple[Floats, Fl
     return mean, variance
 
 
-def _weight(searches: Sequence[PastSearch], rows: Sequence[_Rows]) -> float:
+def _weight(searches: Sequence[PastSearch], rows: Sequence[_Rows], variances: Floats) -> float:
     """How much of the effects to believe, in [0, 1]: the slope of left-out gains on them.
 
     0 unless the squared error falls by more than one standard error over the searches.
@@ -159,7 +172,7 @@ def _weight(searches: Sequence[PastSearch], rows: Sequence[_Rows]) -> float:
     for index, search in enumerate(searches):
         others = [i for i in range(len(searches)) if i != index]
         near = [_nearness(search.profile, search.model, searches[i]) for i in others]
-        mean, _ = _posterior([rows[i] for i in others], near)
+        mean, _ = _posterior([rows[i] for i in others], near, variances)
         predicted.append(rows[index].design @ mean)
     power = sum(float(p @ p) for p in predicted)
     if power == 0.0:

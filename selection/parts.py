@@ -1,7 +1,4 @@
-"""The prior table, and what metrics make of a kernel's and a divergence's part of the score.
-
-The numbers below are the table of docs/selection.md. Torch-free.
-"""
+"""A kernel's and a divergence's part of the score, from prior table and metrics; torch-free."""
 
 import math
 from collections.abc import Mapping
@@ -12,47 +9,34 @@ from typing import TypeVar
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, Estimate, HistoryUse, KernelMetrics
 from core.spec import DivergenceName, KernelName
+from selection.prior import PriorTable
 
 Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class DivergencePrior:
-    """What is believed of a divergence penalty before seeing the data.
+class Traits:
+    """What a divergence penalty is good at, in [0, 1]: which metric is thought to call for it."""
 
-    `gain` and `sd` in percent of log-loss; `basis` says what runs showed; the traits, in [0, 1],
-    decide which metric moves it.
-    """
-
-    gain: float
-    sd: float
-    basis: str
     drift_control: float
     saturation: float
     geometry: float
 
 
-_THIRD = "lowered log-loss or kept it, at a third of the drift, in earlier runs"
-_NO_RUNS = "has no runs behind it yet"
-# Runs before curvature scaling gave these a quarter of KL's strength: their own numbers say little.
-_LIKE_KL = "is taken to do as KL, whose curvature it has; runs at a quarter of the strength only"
-DIVERGENCES: dict[DivergenceName, DivergencePrior] = {
-    DivergenceName.KL: DivergencePrior(1.5, 0.7, _THIRD, 0.7, 0.0, 0.0),
-    DivergenceName.JENSEN_SHANNON: DivergencePrior(1.5, 1.0, _LIKE_KL, 0.7, 1.0, 0.0),
-    DivergenceName.HELLINGER: DivergencePrior(1.5, 1.0, _LIKE_KL, 0.7, 1.0, 0.0),
-    DivergenceName.RENYI: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
-    DivergenceName.BHATTACHARYYA: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.4, 0.5, 0.0),
-    DivergenceName.WASSERSTEIN: DivergencePrior(1.8, 0.7, _THIRD, 0.7, 0.5, 1.0),
-    DivergenceName.F_DIVERGENCE: DivergencePrior(1.1, 1.0, _NO_RUNS, 0.6, 0.0, 0.0),
+DIVERGENCES: dict[DivergenceName, Traits] = {
+    DivergenceName.KL: Traits(0.7, 0.0, 0.0),
+    DivergenceName.JENSEN_SHANNON: Traits(0.7, 1.0, 0.0),
+    DivergenceName.HELLINGER: Traits(0.7, 1.0, 0.0),
+    DivergenceName.RENYI: Traits(0.8, 0.0, 0.0),
+    DivergenceName.BHATTACHARYYA: Traits(0.4, 0.5, 0.0),
+    DivergenceName.WASSERSTEIN: Traits(0.7, 0.5, 1.0),
+    DivergenceName.F_DIVERGENCE: Traits(0.6, 0.0, 0.0),
 }
-# Percent of log-loss that a metric may move a divergence by, at the ends of metric and trait.
-TILT = 0.4
 
-# Percent of log-loss per unit of a kernel's signal, and what is unknown about a kernel anyway.
+# A kernel's signal, in percent of log-loss where every unit of it is borne out.
 KPA_WEIGHT = 2.0
 TAT_WEIGHT = 1.0
 TAT_MARGIN = 0.1
-KERNEL_SD = 0.3
 # HMK evaluates four kernels: it has to win by more than its price.
 KERNEL_COST: dict[KernelName, float] = {
     KernelName.RBF: 0.0,
@@ -61,9 +45,11 @@ KERNEL_COST: dict[KernelName, float] = {
     KernelName.SPECTRAL: 0.02,
     KernelName.HMK: 0.1,
 }
+# Percent of log-loss; what moves a score by less is no reason.
+_WORTH_SAYING = 0.1
 # However many searches there were: what this dataset does otherwise is not known untried.
 _LEAST_SD = 0.1
-# alpha / beta of the runs that the priors come from (alpha 3, beta 0.5).
+# alpha / beta of the runs that the prior comes from (alpha 0.6, beta 0.1).
 ALPHA_PER_BETA = 6.0
 ALPHA_RANGE = (0.05, 20.0)
 GAMMA_ORDERS, GAMMA_PREDICTS, GAMMA_NOTHING = 0.1, 0.05, 0.02
@@ -77,6 +63,15 @@ class Part:
     sd: float
     reason: str
     evidence: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A kernel's shrunk signal: deviation from the mean kernel, reliability, variance left."""
+
+    deviation: float
+    reliability: float
+    variance: float
 
 
 @dataclass(frozen=True)
@@ -141,8 +136,8 @@ def interval_sd(estimate: Estimate) -> float:
     return (estimate.high - estimate.low) / (2 * Z95)
 
 
-def kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, Part]:
-    """Shrink each kernel's signal towards the mean of all as far as noise explains the spread.
+def shrunk_signals(metrics: Mapping[KernelName, KernelMetrics]) -> dict[KernelName, Signal]:
+    """Each kernel's signal as a deviation from the mean of all, as far as noise allows.
 
     Empirical Bayes: tau^2 = max(0, var(signal) - mean(se^2)); deviation * tau^2/(tau^2 + se^2).
     Intervals of kernels share their pairs, so this shrinks too much rather than too little.
@@ -154,13 +149,24 @@ def kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, P
     }
     centre = fmean(signal.values())
     between = max(0.0, variance(signal.values()) - fmean(noise.values()))
-    parts = {}
-    for name, entry in metrics.items():
+    found = {}
+    for name in metrics:
         weight = between / (between + noise[name]) if between > 0.0 else 0.0
+        found[name] = Signal(weight * (signal[name] - centre), weight, weight * noise[name])
+    return found
+
+
+def kernel_parts(
+    metrics: Mapping[KernelName, KernelMetrics], *, prior: PriorTable
+) -> dict[KernelName, Part]:
+    """What runs on public datasets say of each kernel, and its signal on these data."""
+    parts = {}
+    for name, signal in shrunk_signals(metrics).items():
+        entry = metrics[name]
         parts[name] = Part(
-            mean=weight * (signal[name] - centre) - KERNEL_COST[name],
-            sd=math.sqrt(KERNEL_SD**2 + weight * noise[name]),
-            reason=_kernel_reason(name, entry, tie=weight == 0.0),
+            mean=prior.kernels[name] + prior.signal * signal.deviation - KERNEL_COST[name],
+            sd=math.hypot(prior.kernel_sd, prior.signal * math.sqrt(signal.variance)),
+            reason=_kernel_reason(name, entry, tie=signal.reliability == 0.0),
             evidence={
                 "pnd": entry.pnd.value,
                 "pnav": entry.pnav.value,
@@ -170,7 +176,9 @@ def kernel_parts(metrics: dict[KernelName, KernelMetrics]) -> dict[KernelName, P
                 "kpa": entry.kpa.value,
                 "kpa_low": entry.kpa.low,
                 "kpa_high": entry.kpa.high,
-                "kernel_reliability": weight,
+                "kernel_reliability": signal.reliability,
+                "kernel_prior_effect": prior.kernels[name],
+                "kernel_signal_weight": prior.signal,
             },
         )
     return parts
@@ -233,29 +241,49 @@ def _need(name: str, estimate: Estimate) -> tuple[float, float]:
     return min(scale(estimate.value), 1.0), (high - low) / (2 * Z95)
 
 
-def divergence_parts(profile: DatasetProfile) -> dict[DivergenceName, Part]:
+def _needs(profile: DatasetProfile) -> tuple[tuple[float, float], ...]:
+    """The needs that a penalty may answer, in the order of `_TILT_WORDS`, with their deviations."""
     reference = profile.reference
-    overlap = _need("support_overlap", reference.support_overlap)
-    tails = _need("kurtosis", reference.kurtosis)
-    drift = _need("drift_magnitude", reference.drift_magnitude)
-    smooth = _need("smoothness", reference.smoothness)
+    return (
+        _need("support_overlap", reference.support_overlap),
+        _need("kurtosis", reference.kurtosis),
+        _need("drift_magnitude", reference.drift_magnitude),
+        _need("smoothness", reference.smoothness),
+    )
+
+
+def _answers(traits: Traits) -> tuple[float, ...]:
+    half = traits.drift_control / 2
+    return (half, half, traits.saturation, traits.geometry)
+
+
+def tilts(profile: DatasetProfile) -> dict[DivergenceName, float]:
+    """How far the data call for each divergence, sum of trait times need."""
+    needs = _needs(profile)
+    return {
+        name: sum(answer * need for answer, (need, _) in zip(_answers(traits), needs, strict=True))
+        for name, traits in DIVERGENCES.items()
+    }
+
+
+def divergence_parts(profile: DatasetProfile, *, prior: PriorTable) -> dict[DivergenceName, Part]:
+    """What runs on public datasets say of each divergence, and what these data call for."""
+    reference, needs, called = profile.reference, _needs(profile), tilts(profile)
     parts = {}
-    for name, prior in DIVERGENCES.items():
-        tilts = (
-            (prior.drift_control / 2, overlap),
-            (prior.drift_control / 2, tails),
-            (prior.saturation, drift),
-            (prior.geometry, smooth),
-        )
-        mean = prior.gain + TILT * sum(trait * need for trait, (need, _) in tilts)
-        var = prior.sd**2 + sum((TILT * trait * sd) ** 2 for trait, (_, sd) in tilts)
+    for name, traits in DIVERGENCES.items():
+        answers = _answers(traits)
+        spread = (prior.tilt * answer * sd for answer, (_, sd) in zip(answers, needs, strict=True))
+        effects = [
+            prior.tilt * answer * need for answer, (need, _) in zip(answers, needs, strict=True)
+        ]
         parts[name] = Part(
-            mean=mean,
-            sd=math.sqrt(var),
-            reason=_divergence_reason(name, prior, tilts),
+            mean=prior.divergences[name] + prior.tilt * called[name],
+            sd=math.hypot(prior.divergence_sd, *spread),
+            reason=_divergence_reason(name, prior, effects),
             evidence={
-                "prior_gain": prior.gain,
-                "prior_sd": prior.sd,
+                "divergence_prior_effect": prior.divergences[name],
+                "divergence_prior_sd": prior.divergence_sd,
+                "divergence_tilt_weight": prior.tilt,
                 "support_overlap": reference.support_overlap.value,
                 "kurtosis": reference.kurtosis.value,
                 "drift_magnitude": reference.drift_magnitude.value,
@@ -273,14 +301,15 @@ _TILT_WORDS = (
 )
 
 
-def _divergence_reason(
-    name: DivergenceName,
-    prior: DivergencePrior,
-    tilts: tuple[tuple[float, tuple[float, float]], ...],
-) -> str:
-    effects = [trait * need for trait, (need, _) in tilts]
+def _divergence_reason(name: DivergenceName, prior: PriorTable, effects: list[float]) -> str:
+    says = f"a {name.value} penalty has no runs behind it"
+    if prior.datasets:
+        effect = prior.divergences[name]
+        says = (
+            f"over {prior.datasets} public datasets a {name.value} penalty won {effect:+.2f} % of "
+            "log-loss beside the mean penalty"
+        )
     strongest = max(range(len(effects)), key=lambda index: effects[index])
-    says = f"a {name.value} penalty {prior.basis}"
-    if effects[strongest] < 0.1:
+    if effects[strongest] < _WORTH_SAYING:
         return says
     return f"{says}; {_TILT_WORDS[strongest]}"

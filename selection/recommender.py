@@ -41,23 +41,28 @@ from selection.parts import (
     predicts,
     refined,
 )
+from selection.prior import PRIOR, PriorTable
 
 Pair = tuple[KernelName, DivergenceName]
 Name = TypeVar("Name", KernelName, DivergenceName)
 
 
 def recommend(
-    profile: DatasetProfile, *, beta: float = 0.1, history: Refinement = NO_HISTORY
+    profile: DatasetProfile,
+    *,
+    beta: float = 0.1,
+    history: Refinement = NO_HISTORY,
+    prior: PriorTable = PRIOR,
 ) -> Recommendation:
     """Rank the 28 kernel–divergence pairs and the 7 of the mixture.
 
-    score(k, d) = kernel part + divergence part (docs/selection.md); the interval joins the
+    score(k, d) = level + kernel part + divergence part (docs/selection.md); the interval joins the
     bootstrap of the metrics with what the prior leaves open. Raises InvalidInput when the profile
     lacks a kernel.
     """
     metrics = by_kernel(profile)
-    kernels = refined(kernel_parts(metrics), history)
-    divergences = refined(divergence_parts(profile), history)
+    kernels = refined(kernel_parts(metrics, prior=prior), history)
+    divergences = refined(divergence_parts(profile, prior=prior), history)
     pairs = [(kernel, divergence) for kernel in KernelName for divergence in DivergenceName]
     # sorted() is stable: what ties stays in the order of the enums, simplest first.
     pairs.sort(key=lambda pair: kernels[pair[0]].mean + divergences[pair[1]].mean, reverse=True)
@@ -72,6 +77,7 @@ def recommend(
             else _lead(_differing(best, pair, kernels=kernels, divergences=divergences)),
             gamma=gamma_of(metrics[pair[0]]),
             beta=beta,
+            prior=prior,
         )
         for rank, pair in enumerate(pairs, start=1)
     )
@@ -97,6 +103,7 @@ def recommend(
             kernels_separated=kernels_separated,
             tied_pairs=tied_pairs,
             history=history.use,
+            prior=prior,
         ),
         ranking=ranking,
         profile=profile,
@@ -124,6 +131,7 @@ def _ranked(
     behind: Lead | None,
     gamma: float,
     beta: float,
+    prior: PriorTable,
 ) -> RankedPair:
     kernel, divergence = pair
     alpha = min(max(ALPHA_PER_BETA * beta, ALPHA_RANGE[0]), ALPHA_RANGE[1])
@@ -132,7 +140,10 @@ def _ranked(
         kernel=kernel.value,
         divergence=divergence.value,
         mode="penalty",
-        score=_interval(sum(part.mean for part in parts), math.hypot(*(p.sd for p in parts))),
+        score=_interval(
+            prior.level + sum(part.mean for part in parts),
+            math.hypot(prior.level_sd, *(part.sd for part in parts)),
+        ),
         behind=behind,
         reason=f"{parts[0].reason}; {parts[1].reason}.",
         evidence=parts[0].evidence | parts[1].evidence,
@@ -208,6 +219,7 @@ def _summary(
     kernels_separated: bool,
     tied_pairs: int,
     history: HistoryUse,
+    prior: PriorTable,
 ) -> str:
     first, second = ranking[0], ranking[1]
     name, rival = (f"{pair.kernel} × {pair.divergence}" for pair in (first, second))
@@ -231,5 +243,10 @@ def _summary(
         tail = f"Kernels differ: {first.kernel} predicts preference best (KPA {span})."
     else:
         tail = f"Kernels are a tie (KPA of {first.kernel} {span})."
-    basis = "The order of divergences is mostly a prior from few earlier runs."
+    basis = "No runs are known: the order is argued from the metrics alone."
+    if prior.datasets:
+        basis = (
+            f"The order is mostly what runs on {prior.datasets} public datasets showed, not these "
+            "data."
+        )
     return f"{head} {tail} {history.sentence if history.weight > 0.0 else basis}"

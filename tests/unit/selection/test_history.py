@@ -10,8 +10,6 @@ from core.profile import DatasetProfile, HistoryUse
 from core.spec import DivergenceName, KernelName
 from selection.history import Gain, PastSearch, refine
 from selection.parts import (
-    DIVERGENCES,
-    KERNEL_SD,
     NO_HISTORY,
     Refinement,
     Shift,
@@ -20,19 +18,22 @@ from selection.parts import (
     kernel_parts,
     refined,
 )
+from selection.prior import NOTHING_KNOWN
 from selection.recommender import recommend
 from tests.unit.selection.samples import profile
 
 Effects = dict[KernelName | DivergenceName, float]
 PAIRS = list(product(KernelName, DivergenceName))
 WORLDS = 20
+WORLD = NOTHING_KNOWN
+"""Worlds whose merits are drawn as the prior has it, whatever table is shipped."""
 
 
 def effects(rng: np.random.Generator) -> Effects:
     """Merits of kernels and divergences that the prior table does not know."""
     return {
-        **{k: rng.normal(0, KERNEL_SD) for k in KernelName},
-        **{d: rng.normal(0, DIVERGENCES[d].sd) for d in DivergenceName},
+        **{k: rng.normal(0, WORLD.kernel_sd) for k in KernelName},
+        **{d: rng.normal(0, WORLD.divergence_sd) for d in DivergenceName},
     }
 
 
@@ -47,8 +48,8 @@ def data(rng: np.random.Generator) -> DatasetProfile:
 def scores(
     of: DatasetProfile, history: Refinement = NO_HISTORY
 ) -> dict[tuple[KernelName, DivergenceName], float]:
-    kernels = refined(kernel_parts(by_kernel(of)), history)
-    divergences = refined(divergence_parts(of), history)
+    kernels = refined(kernel_parts(by_kernel(of), prior=WORLD), history)
+    divergences = refined(divergence_parts(of, prior=WORLD), history)
     return {(k, d): kernels[k].mean + divergences[d].mean for k, d in PAIRS}
 
 
@@ -78,7 +79,7 @@ def test_searches_that_carry_over_lower_the_regret():
         merits = effects(rng)
         past = [search(rng, merits) for _ in range(10)]
         of = data(rng)
-        history = refine(of, model="m", past=past)
+        history = refine(of, model="m", past=past, prior=WORLD)
         assert history.use.searches == 10
         assert history.use.weight > 0.0
         cold.append(regret(truth(of, merits), NO_HISTORY, of))
@@ -98,7 +99,7 @@ def test_searches_that_do_not_carry_over_move_nothing(spread: float):
 
         past = [search(rng, merits()) for _ in range(10)]
         of = data(rng)
-        history = refine(of, model="m", past=past)
+        history = refine(of, model="m", past=past, prior=WORLD)
         gains = truth(of, merits())
         used.append(history.use.weight > 0.0)
         harm.append(regret(gains, history, of) - regret(gains, NO_HISTORY, of))
@@ -111,7 +112,7 @@ def test_little_history_is_none(count: int, trials: int):
     rng = np.random.default_rng(0)
     merits = effects(rng)
     past = [search(rng, merits, trials=trials) for _ in range(count)]
-    history = refine(data(rng), model="m", past=past)
+    history = refine(data(rng), model="m", past=past, prior=WORLD)
     assert history.shifts == {}
     assert history.use.weight == 0.0
     assert "fewer than 5" in history.use.sentence
@@ -127,7 +128,7 @@ def test_a_level_that_all_pairs_of_a_search_share_says_nothing():
         for i, s in enumerate(past)
     ]  # fmt: skip
     of = data(rng)
-    one, other = (refine(of, model="m", past=each) for each in (past, lifted))
+    one, other = (refine(of, model="m", past=each, prior=WORLD) for each in (past, lifted))
     assert one.use.weight == pytest.approx(other.use.weight)
     for name, shift in one.shifts.items():
         assert other.shifts[name].mean == pytest.approx(shift.mean)
@@ -151,7 +152,7 @@ def test_nearer_datasets_and_the_same_model_count_more():
 
     def renyi(overlap: float, model: str) -> float:
         of = profile(overlap=overlap, drift=3 * overlap)
-        shifts = refine(of, model=model, past=past).shifts
+        shifts = refine(of, model=model, past=past, prior=WORLD).shifts
         return shifts[DivergenceName.RENYI].mean
 
     assert renyi(0.2, "a") > 0.0 > renyi(0.9, "b")
@@ -162,11 +163,11 @@ def test_a_recommendation_tells_what_history_did():
     rng = np.random.default_rng(1)
     merits = effects(rng)
     of = data(rng)
-    history = refine(of, model="m", past=[search(rng, merits) for _ in range(10)])
-    found, without = recommend(of, history=history), recommend(of)
+    history = refine(of, model="m", past=[search(rng, merits) for _ in range(10)], prior=WORLD)
+    found, without = recommend(of, history=history, prior=WORLD), recommend(of, prior=WORLD)
     assert found.history == history.use
     assert history.use.sentence in found.summary
-    assert "mostly a prior" in without.summary
+    assert "No runs are known" in without.summary
     for pair in found.ranking:
         shift = history.shifts[DivergenceName(pair.divergence)].mean
         assert pair.evidence["divergence_history_shift"] == shift
@@ -183,12 +184,12 @@ def test_a_lead_that_finished_searches_have_made_is_not_said_to_be_of_the_data_a
     kl = DivergenceName.KL
     sure = Refinement(
         shifts={
-            **{d: Shift(9.0 if d is kl else 0.0, DIVERGENCES[d].sd ** 2) for d in DivergenceName},
-            **{k: Shift(0.0, KERNEL_SD**2) for k in KernelName},
+            **{d: Shift(9.0 if d is kl else 0.0, WORLD.divergence_sd**2) for d in DivergenceName},
+            **{k: Shift(0.0, WORLD.kernel_sd**2) for k in KernelName},
         },
         use=HistoryUse(searches=50, weight=1.0, sentence="50 finished searches."),
     )
     of = profile(kpa={KernelName.RBF: 0.99, KernelName.HMK: 0.2}, default_kpa=0.42)
-    found = recommend(of, history=sure)
+    found = recommend(of, history=sure, prior=WORLD)
     assert found.separated
     assert found.summary.startswith("The data and finished searches put rbf × kl above")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, RankedPair, Recommendation
 from core.spec import BASE_KERNELS, DivergenceName, KernelName
-from selection.parts import DIVERGENCES, DivergencePrior
+from selection.parts import DIVERGENCES, KERNEL_COST
+from selection.prior import NOTHING_KNOWN, PRIOR
 from selection.recommender import recommend
 from tests.unit.selection.samples import profile
 
@@ -91,7 +93,7 @@ def test_kernel_and_divergence_are_each_said_with_runner_up_margin_and_ties():
     assert kernels.sentence.startswith("mahalanobis is the kernel to take: it leads")
     assert not divergences.lead.separated
     assert set(divergences.tied) == {d.value for d in DivergenceName} - {found.divergence}
-    assert "the data do not separate it from jensen_shannon," in divergences.sentence
+    assert f"the data do not separate it from {divergences.runner_up}," in divergences.sentence
     tie = recommend(profile()).kernel_choice
     assert tie.lead.confidence == pytest.approx(0.5)
     assert set(tie.tied) == {k.value for k in KernelName} - {tie.name}
@@ -136,18 +138,39 @@ def test_importing_the_recommender_does_not_import_torch():
     assert ran.stdout.strip() == "[]"
 
 
-def test_the_documented_table_of_priors_is_the_one_in_use():
+def rows_of(text: str, names) -> dict[str, list[str]]:
+    """First table row of each name, without the name."""
+    found = {}
+    for name in names:
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        found[name] = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    return found
+
+
+def test_the_documented_tables_are_the_ones_in_use():
     text = (Path(__file__).parents[3] / "docs" / "selection.md").read_text(encoding="utf-8")
-    for name, prior in DIVERGENCES.items():
-        row = next(line for line in text.splitlines() if line.startswith(f"| {name.value} "))
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == f"{prior.gain} ± {prior.sd}"
-        assert (cells[2] == "none") == (prior.basis == "has no runs behind it yet")
-        assert [float(cell) for cell in cells[3:]] == [
-            prior.drift_control,
-            prior.saturation,
-            prior.geometry,
+    text = text[text.index("## From metrics to scores") :]
+    for name, cells in rows_of(text, [name.value for name in DivergenceName]).items():
+        traits = DIVERGENCES[DivergenceName(name)]
+        assert cells[0] == f"{PRIOR.divergences[DivergenceName(name)]:+.2f}"
+        assert [float(cell) for cell in cells[1:]] == [
+            traits.drift_control,
+            traits.saturation,
+            traits.geometry,
         ]
+    for name, cells in rows_of(text, [name.value for name in KernelName]).items():
+        assert cells[0] == f"{PRIOR.kernels[KernelName(name)]:+.2f}"
+        assert float(cells[1]) == KERNEL_COST[KernelName(name)]
+    said = {
+        "level": f"{PRIOR.level:.2f} ± {PRIOR.level_sd:.2f}",
+        "a dataset's own, divergences": f"{PRIOR.divergence_sd:.2f}",
+        "a dataset's own, kernels": f"{PRIOR.kernel_sd:.2f}",
+        "weight of the tilts": f"{PRIOR.tilt:.2f}",
+        "weight of the signals": f"{PRIOR.signal:.2f}",
+        "datasets": str(PRIOR.datasets),
+    }
+    for name, cells in rows_of(text, said).items():
+        assert cells[0] == said[name], name
 
 
 # ------------------------------------------------------------------- honesty
@@ -208,21 +231,16 @@ def test_the_difference_of_two_divergences_is_never_called_separated_by_the_prio
     assert 0.5 < found.confidence < 0.9
 
 
-def test_separation_is_said_once_earlier_runs_settle_the_divergences(monkeypatch):
+def test_separation_is_said_once_earlier_runs_settle_the_divergences():
     """With a sure prior rank 2 is another kernel with the same divergence, which cancels."""
-    sure = {
-        name: DivergencePrior(
-            9.0 if name is DivergenceName.KL else 0.0, 0.1, "is sure", 0.0, 0.0, 0.0
-        )
-        for name in DivergenceName
-    }
-    monkeypatch.setattr("selection.parts.DIVERGENCES", sure)
+    effects = {name: 9.0 if name is DivergenceName.KL else 0.0 for name in DivergenceName}
+    sure = replace(NOTHING_KNOWN, divergences=effects, divergence_sd=0.1, tilt=0.0)
     far_ahead = profile(kpa={KernelName.RBF: 0.99, KernelName.HMK: 0.2}, default_kpa=0.42)
-    found = recommend(far_ahead)
+    found = recommend(far_ahead, prior=sure)
     assert found.separated
     assert found.confidence > 0.975
     assert found.summary.startswith("The data put rbf × kl above")
-    assert not recommend(profile()).separated
+    assert not recommend(profile(), prior=sure).separated
 
 
 @settings(max_examples=60, deadline=None)
@@ -267,7 +285,7 @@ def test_what_is_said_follows_from_the_numbers(
 @pytest.mark.parametrize("metric", ["kpa", "tat"])
 def test_more_signal_never_lowers_a_kernel_among_the_others(kernel: KernelName, metric: str):
     def lead(value: float) -> float:
-        found = recommend(profile(**{metric: {kernel: value}}))  # type: ignore[arg-type]
+        found = recommend(profile(**{metric: {kernel: value}}), prior=NOTHING_KNOWN)  # type: ignore[arg-type]
         kl = DivergenceName.KL
         others = [pair(found, name, kl).score.value for name in KernelName if name is not kernel]
         return pair(found, kernel, kl).score.value - max(others)
@@ -281,31 +299,35 @@ def test_more_signal_never_lowers_a_kernel_among_the_others(kernel: KernelName, 
     ("metric", "gains", "loses"),
     [
         ("smoothness", DivergenceName.WASSERSTEIN, DivergenceName.KL),
-        ("overlap", DivergenceName.KL, DivergenceName.RENYI),
-        ("kurtosis", DivergenceName.KL, DivergenceName.RENYI),
+        ("overlap", DivergenceName.KL, DivergenceName.BHATTACHARYYA),
+        ("kurtosis", DivergenceName.KL, DivergenceName.BHATTACHARYYA),
         ("drift", DivergenceName.JENSEN_SHANNON, DivergenceName.KL),
     ],
 )
 def test_each_reference_metric_moves_divergences_as_documented(
     metric: str, gains: DivergenceName, loses: DivergenceName
 ):
-    gaps = [gap(recommend(profile(**{metric: v})), gains, loses) for v in (0.05, 0.4, 0.9)]  # type: ignore[arg-type]
+    gaps = [
+        gap(recommend(profile(**{metric: v}), prior=NOTHING_KNOWN), gains, loses)  # type: ignore[arg-type]
+        for v in (0.05, 0.4, 0.9)
+    ]
     assert gaps[0] < gaps[1] < gaps[2]
 
 
-def test_measured_divergences_lead_on_unremarkable_data():
-    order = divergence_order(recommend(profile()))
-    assert order[0] == DivergenceName.WASSERSTEIN
-    alike = {DivergenceName.KL, DivergenceName.JENSEN_SHANNON, DivergenceName.HELLINGER}
-    assert set(order[1:4]) == alike
+def test_effects_of_earlier_runs_order_what_the_metrics_leave_equal():
+    effects = {name: float(n) for n, name in enumerate(DivergenceName)}
+    known = replace(NOTHING_KNOWN, divergences=effects, tilt=0.0)
+    order = divergence_order(recommend(profile(), prior=known))
+    assert order == [name.value for name in reversed(DivergenceName)]
 
 
-def test_divergences_of_equal_curvature_have_the_prior_of_kl_and_less_certainty():
-    kl = DIVERGENCES[DivergenceName.KL]
-    for name in (DivergenceName.JENSEN_SHANNON, DivergenceName.HELLINGER):
-        prior = DIVERGENCES[name]
-        assert (prior.gain, prior.drift_control) == (kl.gain, kl.drift_control)
-        assert prior.sd > kl.sd
+def test_weights_of_zero_silence_the_metrics():
+    deaf = replace(NOTHING_KNOWN, tilt=0.0, signal=0.0)
+    quiet = recommend(profile(default_kpa=0.5), prior=deaf)
+    loud = profile(kpa={KernelName.SPECTRAL: 0.99}, default_kpa=0.5, smoothness=0.9, drift=9.0)
+    for mine, theirs in zip(quiet.ranking, recommend(loud, prior=deaf).ranking, strict=True):
+        assert (mine.kernel, mine.divergence) == (theirs.kernel, theirs.divergence)
+        assert mine.score == theirs.score
 
 
 def test_wider_metric_intervals_never_narrow_a_score():
