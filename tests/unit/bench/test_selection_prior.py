@@ -1,4 +1,4 @@
-"""The prior table that trained pairs give: what carries over is found, what does not is kept out."""
+"""The prior table that trained pairs give: what carries over is found, the rest is kept out."""
 
 from dataclasses import replace
 
