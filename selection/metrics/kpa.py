@@ -84,18 +84,13 @@ def held_out_scores(k: Tensor, fold: Tensor, *, ridge: float) -> Tensor:
     return scores
 
 
-def kpa(gram: Tensor, *, fold: Tensor, weights: Tensor) -> Tensor:
-    """Share of pairs that a fit on the other folds orders right, ties half, (B,), in [0, 1].
-
-    `gram` (N, N) is the preference kernel. The bootstrap resamples the held-out pairs and does not
-    refit; its deviations are widened by 1.25 for the dependence of the fits. A score below
-    rounding is a tie.
-    """
-    return accuracy_of(held_out_scores(normalized(gram), fold, ridge=RIDGE), weights)
-
-
 def accuracy_of(scores: Tensor, weights: Tensor) -> Tensor:
-    """KPA of held-out scores (N,) under each row of weights (B, N), (B,)."""
+    """KPA: share of pairs (N,) that held-out scores order right, ties half, (B,), in [0, 1].
+
+    One value for each row of weights (B, N), the first of the data themselves. The bootstrap
+    resamples held-out pairs and does not refit; its deviations are widened by 1.25 for the
+    dependence of the fits. A score below rounding is a tie.
+    """
     right = torch.where(scores.abs() <= 1e-9, 0.5, (scores > 0).double())
     shares = weighted_mean(weights, right)
     return (shares[0] + WIDENING * (shares - shares[0])).clamp(0.0, 1.0)
