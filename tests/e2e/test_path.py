@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +64,29 @@ def answer_of(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+def check_search(client: httpx.Client, result: dict[str, Any], file: Path) -> None:
+    """The search's own pages agree with the result of its job."""
+    found = result["search"]
+    url = f"/v1/studies/{found['study_id']}"
+    best = client.get(f"{url}/best").json()
+    assert (best["provisional"], best["sentence"]) == (False, found["sentence"])
+    assert best["best"]["number"] == found["winner_trial"]
+    assert [trial["number"] for trial in best["tied"]] == found["tied_trials"]
+    assert best["baseline"]["label"] == "dpo"
+    assert best["final"] == result["comparison"]
+    winner = client.get(f"{url}/trials/{found['winner_trial']}").json()
+    assert len(client.get(winner["metrics_url"]).json()["data"]) == winner["metrics"]["steps"]
+    pareto = client.get(f"{url}/pareto").json()
+    assert {best["best"]["number"]} | set(pareto["front"]) <= {p["number"] for p in pareto["data"]}
+    importance = client.get(f"{url}/importance").json()
+    assert (importance["data"], importance["trials"]) == ([], found["trials"])
+    assert len(client.get(f"{url}/export").text.splitlines()) == 1 + found["trials"]
+    file.write_bytes(client.get(f"{url}/export?format=optuna").content)
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    study = optuna.load_study(study_name=found["study_id"], storage=storage)
+    assert study.best_value == min(t["log_loss"] for t in pareto["data"] if t["feasible"])
+
+
 def test_from_file_to_checkpoint(service: Service, small_dataset: Path, tmp_path: Path) -> None:
     with service, service.client() as client:
         dataset = upload(client, small_dataset)
@@ -95,6 +121,7 @@ def test_from_file_to_checkpoint(service: Service, small_dataset: Path, tmp_path
         first = next(t for t in trials if t["number"] == 0)
         assert first["candidate"]["objective"]["kernel_term"] is None  # plain DPO is trial 0
         assert first["origin"] == "baseline"
+        check_search(client, result, tmp_path / "study.log")
         difference = result["comparison"]["log_loss"]
         if difference["low"] <= 0 <= difference["high"]:
             assert result["comparison"]["verdict"] in (
