@@ -2,14 +2,17 @@
 
 import resource
 import sys
+from pathlib import Path
 
 from core.settings import DataLimits
 
 _CPU_GRACE_S = 5
 
 
-def apply_process_limits(limits: DataLimits) -> None:
+def apply_process_limits(limits: DataLimits, *, beside_bytes: int = 0) -> None:
     """Bound address space and CPU time of this process and its children; no core dumps.
+
+    `beside_bytes` of address space are granted beside the limit, for what is loaded already.
 
     For a process of its own: the limits cannot be taken back. Beyond the memory limit allocation
     fails (MemoryError), beyond the CPU limit the system sends SIGXCPU, and SIGKILL 5 s later. A
@@ -18,7 +21,16 @@ def apply_process_limits(limits: DataLimits) -> None:
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_CPU, limits.parser_cpu_s, grace=_CPU_GRACE_S)
     if sys.platform != "darwin":
-        _lower(resource.RLIMIT_AS, limits.parser_memory_bytes)
+        _lower(resource.RLIMIT_AS, limits.parser_memory_bytes + beside_bytes)
+
+
+def mapped_bytes() -> int:
+    """Return the address space of this process; 0 where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    except FileNotFoundError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
 def _lower(which: int, value: int, *, grace: int = 0) -> None:

@@ -28,7 +28,7 @@ from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
 from worker.ingest.files import full_disk_as_error, sync_folder
-from worker.ingest.limits import apply_process_limits
+from worker.ingest.limits import apply_process_limits, mapped_bytes
 from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, IngestResult, ingest
 from worker.ingest.preview import PairObserver
 
@@ -123,7 +123,8 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
     except (InvalidInput, NotPermitted) as error:
         return _without_model(error)
     try:
-        _limit_this_process(limits)
+        # A tokenizer comes with torch, whose CUDA libraries alone take more than parsing may.
+        _limit_this_process(limits, beside_bytes=0 if sample is None else mapped_bytes())
         result = ingest(
             source,
             out_dir=context.attempt_dir / _FOLDER,
@@ -181,7 +182,7 @@ def _file(path: Path) -> dict[str, Any]:
     return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
-def _limit_this_process(limits: DataLimits) -> None:
+def _limit_this_process(limits: DataLimits, *, beside_bytes: int) -> None:
     def on_cpu_limit(_number: int, _frame: FrameType | None) -> None:
         raise TooLarge(
             f"parsing took more than {limits.parser_cpu_s} s of processor time",
@@ -190,7 +191,7 @@ def _limit_this_process(limits: DataLimits) -> None:
         )
 
     signal.signal(signal.SIGXCPU, on_cpu_limit)
-    apply_process_limits(limits)
+    apply_process_limits(limits, beside_bytes=beside_bytes)
 
 
 def _finding_of(result: IngestResult) -> _Finding:

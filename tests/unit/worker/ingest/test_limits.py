@@ -48,6 +48,23 @@ except MemoryError:
     assert done.stdout.strip() == "refused"
 
 
+def test_what_is_loaded_already_is_beside_the_limit():
+    done = python("""
+import mmap
+from worker.ingest.limits import mapped_bytes
+before = mapped_bytes()
+loaded = mmap.mmap(-1, 2**30)
+print(mapped_bytes() - before >= 2**30)
+apply_process_limits(DataLimits(parser_memory_bytes=2**29), beside_bytes=mapped_bytes())
+print(len(bytes(2**28)))
+try:
+    bytes(2**29 + 2**28)
+except MemoryError:
+    print("refused")
+""")
+    assert done.stdout.split() == ["True", str(2**28), "refused"], done.stderr
+
+
 def test_cpu_limit_stops_a_loop():
     done = python("""
 apply_process_limits(DataLimits(parser_cpu_s=1))
