@@ -124,7 +124,7 @@ def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
     for todo in todos:
         left[todo.source.name] += len(todo.runs)
     each, number = expected_seconds(table), min(left.total(), limit or left.total())
-    says = "as long as the first will show" if each is None else f"{number * each / 3600:.1f} hours"
+    says = "as long as the first will show" if each is None else f"{number * each / 60:.0f} minutes"
     print(f"{left.total()} runs are missing; {number} of them will take about {says}", flush=True)
     progress = Progress(left)
     table.append({"environment": environment()})

@@ -17,10 +17,10 @@ from selection.draws import Setting
 from selection.study import Arm, Budget, Ended, Plan, Shape, Study, Task
 
 SHAPES: dict[str, Shape] = {
-    "wide": Shape(28 + 7, (14, 10, 3), leading=6, draws=8, repeats=3),
-    "usual": Shape(28 + 7, (8, 5, 2), leading=4, draws=5, repeats=2),
-    "lean": Shape(28 + 7, (7, 4, 1), leading=3, draws=5, repeats=0),
-    "narrow": Shape(14, (4, 3, 1), leading=2, draws=3, repeats=0),
+    "wide": Shape(28 + 7, (16, 10, 4), leading=4, draws=4, repeats=3),
+    "usual": Shape(28 + 7, (12, 7, 3), leading=2, draws=2, repeats=2),
+    "lean": Shape(28 + 7, (8, 5, 2), leading=2, draws=2, repeats=0),
+    "narrow": Shape(14, (5, 3, 1), leading=1, draws=2, repeats=0),
     "few": Shape(6, (3, 2, 1), leading=1, draws=2, repeats=0),
     "least": Shape(3, (2, 1, 1), leading=1, draws=1, repeats=0),
 }

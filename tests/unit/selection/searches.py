@@ -64,7 +64,7 @@ Score = Callable[[Task], float]
 
 def quality(task: Task) -> float:
     """Log-loss of a world without noise: pairs differ by their place in the alphabet."""
-    away = math.dist(task.trial.setting.point, (0.3, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0))
+    away = math.dist(task.trial.setting.point, (0.8, 0.8, 0.0, 0.0, 0.0, 0.0, 0.0))
     merit = 0.0 if task.trial.arm == PLAIN.name else 1.0 + (hash_of(task.trial.arm) % 17) / 4.0
     return 0.69 - 0.002 * (1 + task.rung) * (merit - 0.5 * away**2)
 

@@ -30,8 +30,8 @@ def screened(made: Plan, losses: dict[str, float], *, seconds: float = 22.0) -> 
 
 
 def once(made: Plan) -> Plan:
-    """Without second seeds, whose price nobody knows before."""
-    return replace(made, shape=replace(made.shape, repeats=0))
+    """One finalist and no second seed: nothing that a search may save at its end."""
+    return replace(made, shape=replace(made.shape, kept=(*made.shape.kept[:-1], 1), repeats=0))
 
 
 # -------------------------------------------------------------------- prices
@@ -75,7 +75,7 @@ def test_quotes_respect_budget_deadline_and_workers() -> None:
 
 
 def test_nothing_is_left_of_a_finished_search() -> None:
-    made = plan(number=6, shape="lean")
+    made = once(plan(number=6))
     study, _, stop = run_alone(made)
     assert stop.by is StoppedBy.FINISHED
     end = quote(made, study)
