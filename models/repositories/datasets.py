@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from core.errors import Category, Conflict, NotFound
 from core.lifecycle import DatasetStatus, JobStatus
@@ -105,9 +105,9 @@ class DatasetRepository:
         versions = select(Dataset).where(
             Dataset.upload_id == dataset.upload_id, Dataset.status != DatasetStatus.DELETED
         )
-        for row in self._session.execute(versions.order_by(Dataset.version)).scalars():
-            failed = row.status is DatasetStatus.INVALID and row.failure is not None
-            if failed and (row.failure or {}).get("category") not in _FOR_GOOD:
+        versions = versions.order_by(Dataset.version).options(defer(Dataset.report))
+        for row in self._session.execute(versions).scalars():
+            if _may_pass(row):
                 continue
             if DatasetPolicy.model_validate(row.policy) == policy:
                 return row
@@ -239,7 +239,16 @@ class DatasetRepository:
         self._session.flush()
 
 
+def _may_pass(dataset: Dataset) -> bool:
+    """Whether a dataset is invalid for a reason that is neither in its bytes nor in its policy."""
+    if dataset.status is not DatasetStatus.INVALID or dataset.failure is None:
+        return False
+    was_fetched = dataset.source is None or dataset.sha256 is not None
+    is_of_model = dataset.failure.get("param") == "policy.model"
+    return dataset.failure.get("category") not in _FOR_GOOD or is_of_model or not was_fetched
+
+
 def _shown_to(owner_id: str) -> Select[Dataset]:
-    return select(Dataset).where(
-        Dataset.owner_id == owner_id, Dataset.status != DatasetStatus.DELETED
-    )
+    """Select the owner's datasets without their reports: of a page these are many megabytes."""
+    shown = Dataset.status != DatasetStatus.DELETED
+    return select(Dataset).where(Dataset.owner_id == owner_id, shown).options(defer(Dataset.report))

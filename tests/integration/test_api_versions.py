@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import inspect, select
 
 from core.lifecycle import JobKind, JobStatus
+from models.dataset import Dataset
+from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
+from models.repositories.paging import PageQuery
 from tests.integration.api_world import MODEL, World, pairs, running_api
 from tests.integration.test_api import check_problem
 from worker.cleanup import Cleanup
+from worker.context import JobContext
+from worker.jobs import validate_dataset
 
 MAPPING = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 
@@ -103,6 +109,28 @@ def test_a_reading_that_was_not_finished_is_no_version_to_give_back(world: World
     assert made["version"] == 3
     assert made["status"].startswith("ready")
     assert version(world, first, policy).json()["id"] == made["id"]
+
+
+def test_a_model_that_is_not_there_is_asked_for_again(world: World) -> None:
+    first = world.dataset()
+    for number in (2, 3):
+        made = version(world, first, {"model": "not-here-yet"})
+        assert (made.status_code, made.json()["version"]) == (202, number)
+        fence = world.claim(JobKind.DATASET)
+        with world.database.reading() as session:
+            job = JobRepository(session).load(fence)
+        context = JobContext(world.settings, world.database, fence, job)
+        world.finish(fence, result=validate_dataset.run(context))
+        found = world.get(made.headers["location"]).json()
+        assert (found["status"], found["error"]["code"]) == ("invalid", "model_not_found")
+
+
+def test_lists_leave_reports_in_the_database(world: World) -> None:
+    world.dataset()
+    with world.database.reading() as session:
+        owner_id = session.execute(select(Dataset.owner_id)).scalar_one()
+        page = DatasetRepository(session).page(owner_id, PageQuery())
+        assert ["report" in inspect(row).unloaded for row in page.rows] == [True]
 
 
 def test_a_dry_run_becomes_a_dataset_without_another_upload(world: World) -> None:

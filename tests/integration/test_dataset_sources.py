@@ -464,6 +464,22 @@ def test_answers_that_are_no_data(fetching: Fetching, reply: Reply, code: str) -
     assert len(fetching.https.asked) == 1
 
 
+def test_a_source_that_could_not_be_had_is_asked_for_again(fetching: Fetching) -> None:
+    fetching.https.answer = lambda _asked: Reply(403)
+    dataset_id, context = fetching.claimed({"type": "https", "url": fetching.url()})
+    assert validate_dataset.run(context)["status"] == "invalid"
+    fetching.world.finish(context.fence)
+    serve(fetching, pairs(40))
+    answer = fetching.world.post(
+        f"/v1/datasets/{dataset_id}/versions", json={"policy": {}}, headers={"Prefer": "wait=0"}
+    )
+    assert (answer.status_code, answer.json()["version"]) == (202, 2)
+    second = fetching.dataset(answer.json()["id"])
+    fetch(fetching.attempt(), second)
+    assert fetching.dataset(second.id).sha256 == hashlib.sha256(pairs(40)).hexdigest()
+    assert fetching.uploads() == [dataset_id]
+
+
 def test_what_it_is_is_told_from_its_bytes(fetching: Fetching) -> None:
     reply = Reply(200, b"BZh9" + b"x" * 100, {"Content-Type": "application/json"})
     fetching.https.answer = lambda _asked: reply
