@@ -45,8 +45,6 @@ def plan_of(world: World, *, budget: float | None, seed: int, shape: str | None 
         arms=world.arms, rungs=world.rungs, budget=Budget(gpu_seconds=budget), seed=seed,
         step_seconds=1.0 / world.whole, score_seconds=0.0, pool=world.pool, shape=shape,
     )  # fmt: skip
-    if len(world.grid) == 1:
-        plan = replace(plan, shape=replace(plan.shape, draws=0))
     if world.repeats == 0:
         plan = replace(plan, shape=replace(plan.shape, repeats=0))
     return plan
@@ -202,7 +200,8 @@ def _optuna(world: World, budget: float, sampler: BaseSampler, pruner: BasePrune
     Trials report at every rung and are pruned when Optuna says so; one that the budget does not
     hold ends the study. Its best complete trial counts, else the best of those that came furthest.
     """
-    study = optuna.create_study(sampler=sampler, pruner=pruner)
+    # HyperbandPruner draws brackets from the name, which would be a new one every time.
+    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name=world.name)
     names = [arm.name for arm in world.arms]
     tunes = len(world.grid) > 1
     cost = 0.0

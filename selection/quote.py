@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from core.errors import InvalidInput
-from selection.draws import Setting
+from selection.draws import RECOMMENDED, Setting
 from selection.study import Arm, Budget, Ended, Plan, Shape, Study, Task
 
 SHAPES: dict[str, Shape] = {
@@ -296,7 +296,7 @@ def shaped(plan: Plan, name: str) -> Plan:
     """The plan in a named shape, fitted to its arms and rungs.
 
     With fewer rungs than four the last number is still that of the finalists; with more, what is
-    kept falls geometrically between those given.
+    kept falls geometrically between those given. A pool allows as many draws as it has settings.
     """
     shape, others = SHAPES[name], len(plan.arms) - 1
     if plan.last == 0:
@@ -307,8 +307,12 @@ def shaped(plan: Plan, name: str) -> Plan:
         where = np.linspace(0.0, 2.0, plan.last)
         logs = np.interp(where, [0.0, 1.0, 2.0], np.log(shape.kept))
         kept = tuple(max(1, round(math.exp(x))) for x in logs)
+    draws = shape.draws
+    if plan.pool:
+        draws = min(draws, sum(setting != RECOMMENDED for setting in plan.pool))
     fitted = replace(
         shape,
+        draws=draws,
         screened=max(1, min(shape.screened, others)),
         kept=kept,
         leading=min(shape.leading, others),

@@ -21,8 +21,10 @@ from bench.selection_cases import PAIRS, PLAIN
 from bench.train_report import Table
 from core.run_spec import CandidateSpec
 from selection.draws import RECOMMENDED, candidate_at
+from selection.quote import quote
 from selection.rungs import answer
 from selection.space import SearchSpace
+from selection.study import Study
 from tests.unit.selection.samples import profile
 
 SOURCE = Source("made-up", Path("made-up.jsonl"), "0")
@@ -88,8 +90,9 @@ def test_no_strategy_passes_its_budget_and_each_repeats_itself(name: str, world:
 def test_many_workers_do_the_same_work_sooner(world: World) -> None:
     plan = plan_of(world, budget=None, seed=0, shape="usual")
     one, eight = replay(world, plan), replay(world, plan, workers=8)
+    assert one.wall == pytest.approx(one.study.spent_seconds)
     assert eight.wall < 0.7 * eight.study.spent_seconds
-    assert eight.study.spent_seconds == pytest.approx(one.study.spent_seconds, rel=0.35)
+    assert eight.study.spent_seconds <= quote(plan, Study()).high
     assert answer(plan, eight.study).rung == 3
 
 

@@ -133,6 +133,18 @@ def test_the_shape_that_is_picked_is_paid(runs: float) -> None:
     assert len(at_end) >= 2, stop
 
 
+def test_a_pool_limits_the_draws() -> None:
+    for pool, draws in (((RECOMMENDED,), 0), ((RECOMMENDED, Setting(beta=2.0)), 1)):
+        _, made = plan_search(
+            arms=arms(6), rungs=(20, 60, 200, 1000), budget=Budget(), seed=0, step_seconds=1.0,
+            score_seconds=0.0, pool=pool,
+        )  # fmt: skip
+        assert made.shape.draws == draws
+        study, _, _ = run_alone(made)
+        settings = {ended.task.trial.setting for ended in study.ended}
+        assert settings == set(pool)
+
+
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(InvalidInput, match="unknown"):
         plan_search(
