@@ -142,6 +142,9 @@ class WorkerSettings(_Group):
     max_losses: int = Field(default=5, ge=1)
     max_retries: int = Field(default=2, ge=0)
     backoff_s: float = Field(default=2.0, ge=0)
+    spare_runner: bool = Field(
+        default=True, description="keep a process with torch for the next job that runs models"
+    )
 
     @model_validator(mode="after")
     def _order(self) -> Self:

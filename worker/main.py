@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _serve(celery, supervisor, queues, settings)
     finally:
+        supervisor.close()
         for loop in loops:
             loop.stop()
         with suppress(Unavailable, StorageFull):  # the row is forgotten later anyway

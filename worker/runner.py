@@ -1,11 +1,12 @@
 """`python -m worker.runner --job … --attempt …`: the process of one attempt.
 
-It dies with its supervisor, works, and leaves `outcome.json`; the supervisor writes the state.
+With `--spare` it imports what jobs of models need, and then waits until it is told its job. It dies
+with its supervisor, works, and leaves `outcome.json`; the supervisor writes the state.
 """
 
 import argparse
-import ctypes
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -40,28 +41,34 @@ from worker.outcome import (
     write_outcome,
 )
 from worker.outcome import Preempted as PreemptedOutcome
+from worker.parent import Parent
 
 _log = logging.getLogger("kdpo.runner")
 
-_PR_SET_PDEATHSIG = 1
 _POOL_SIZE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> ExitCode:
     """Run one attempt and return how the process should exit."""
     arguments = _parse(argv)
-    _die_with(arguments.parent)
-    _offer_to_the_oom_killer()
     stop = threading.Event()
     # The job's thread only asks `stop.is_set()`, which takes no lock that the handler could want.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # Ctrl+C reaches the worker, which decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = Parent(arguments.parent, stop)
+    parent.follow(gives_a_job=arguments.spare)
+    _offer_to_the_oom_killer()
+    if arguments.spare:
+        _import_models()
+        fence = parent.fence()
+    else:
+        fence = Fence(arguments.job, arguments.attempt)
     settings = Settings()
     configure_logging(settings.log_level)
     database = Database(settings.database_url, pool_size=_POOL_SIZE)
     try:
-        return run_attempt(settings, database, Fence(arguments.job, arguments.attempt), stop=stop)
+        return run_attempt(settings, database, fence, stop=stop)
     except LeaseLost as error:
         _log.warning("%s; nothing is written", error.message)
         return ExitCode.LEASE_LOST
@@ -174,6 +181,16 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
+def _import_models() -> None:
+    """Import what jobs of models need; a job that needs what cannot be imported fails by itself."""
+    with _importing():
+        try:
+            for name in ("fine_tune", "recommend", "export"):
+                importlib.import_module(f"worker.jobs.{name}")
+        except Exception:
+            _log.exception("a spare runner could not import all that jobs need")
+
+
 def _failure(context: JobContext, raised: Exception) -> JobFailure:
     """Say in public terms what went wrong; the traceback stays in the log."""
     error = raised if isinstance(raised, KdpoError) else _as_kdpo_error(raised)
@@ -233,30 +250,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="worker.runner", description="Run one attempt at a job.")
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--attempt", required=True, type=int)
+    begins = parser.add_mutually_exclusive_group(required=True)
+    begins.add_argument("--job")
+    begins.add_argument("--spare", action="store_true", help="be told the job on standard input")
+    parser.add_argument("--attempt", type=int, help="of the job")
     parser.add_argument("--parent", required=True, type=int, help="process id of the supervisor")
-    return parser.parse_args(argv)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the supervisor does, however that one ends."""
-    threading.Thread(target=_follow_pipe, name="parent", daemon=True).start()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the lines above
-        _kill_group()
-
-
-def _follow_pipe() -> None:
-    while os.read(sys.stdin.fileno(), 1024):
-        pass
-    _kill_group()
-
-
-def _kill_group() -> None:
-    """End this process and what it started; it leads a session of its own."""
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    arguments = parser.parse_args(argv)
+    if arguments.spare != (arguments.attempt is None):
+        parser.error("--attempt goes with --job, and not with --spare")
+    return arguments
 
 
 def _offer_to_the_oom_killer() -> None:

@@ -14,7 +14,7 @@ from typing import Any, assert_never
 from core.clock import Clock, SystemClock
 from core.errors import FailureCode, LeaseLost, StorageFull, Unavailable
 from core.lifecycle import AttemptOutcome, JobStatus
-from core.queue import QueueName
+from core.queue import QUEUE_OF_KIND, QueueName
 from core.settings import Settings
 from models.repositories.jobs import Claim, Fence, JobRepository
 from models.session import Database, is_value_refused
@@ -29,13 +29,16 @@ from worker.outcome import (
     Preempted,
     Succeeded,
     disk_full,
+    read_outcome,
 )
-from worker.process import RunnerProcess
+from worker.process import RunnerProcess, read_log_tail, start_runner
+from worker.spare import ANSWER_S, SpareRunner
 
 _log = logging.getLogger("kdpo.supervisor")
 
 _TICK_S = 0.1
 _RETRY_S = 1.0
+_MODEL_QUEUE = QueueName.GPU
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class Supervisor:
         self._database = database
         self._worker_id = worker_id
         self._clock = clock or SystemClock()
+        self._spare = (
+            SpareRunner(answer_s=min(ANSWER_S, self._limits.heartbeat_s))
+            if self._limits.spare_runner
+            else None
+        )
         self._draining = False
         self._busy = False
 
@@ -122,7 +130,10 @@ class Supervisor:
         self._draining = True
 
     def drain(self, queue: QueueName) -> None:
-        """Run due jobs of a queue until there is none or the worker stops."""
+        """Run due jobs of a queue until there is none or the worker stops.
+
+        While there is none, a spare runner is kept for the next one that runs models.
+        """
         self._busy = True
         try:
             while not self._draining:
@@ -132,6 +143,8 @@ class Supervisor:
                         queue, worker_id=self._worker_id, lease_s=self._limits.lease_s
                     )
                 if claim is None:
+                    if self._spare is not None and queue is _MODEL_QUEUE:
+                        self._spare.prepare()
                     return
                 self._run(claim, claimed_at)
         except (Unavailable, StorageFull) as error:
@@ -139,28 +152,42 @@ class Supervisor:
         finally:
             self._busy = False
 
+    def close(self) -> None:
+        """Leave no process behind; the last call."""
+        if self._spare is not None:
+            self._spare.close()
+
     # ----------------------------------------------------------- one attempt
 
     def _run(self, claim: Claim, claimed_at: float) -> None:
         fence = claim.fence
         folder = self._folder(fence)
         _log.info("job %s: attempt %d of kind %s", fence.job_id, fence.attempt, claim.kind.value)
-        try:
-            process = RunnerProcess(fence, folder)
-        except OSError as error:
-            self._store(fence, self._not_started(fence, error))
-            return
         heartbeat = Heartbeat(
             self._database, fence, self._settings, clock=self._clock, since=claimed_at
         )
         heartbeat.start()
         try:
-            ended = self._watch(fence, process, heartbeat)
+            try:
+                process = self._process(claim, folder)
+            except OSError as error:
+                self._store(fence, self._not_started(fence, error))
+                return
+            try:
+                ended = self._watch(fence, process, heartbeat)
+            finally:
+                process.close()
         finally:
             heartbeat.stop()
-            process.close()
         if ended is not None:
-            self._report(fence, process, ended)
+            self._report(fence, folder, ended)
+
+    def _process(self, claim: Claim, folder: Path) -> RunnerProcess:
+        if self._spare is not None and QUEUE_OF_KIND[claim.kind] is _MODEL_QUEUE:
+            given = self._spare.hand_over(claim.fence, folder)
+            if given is not None:
+                return given
+        return start_runner(claim.fence, folder)
 
     def _folder(self, fence: Fence) -> Path:
         return self._settings.artifact_dir / "jobs" / fence.job_id / f"a{fence.attempt}"
@@ -191,8 +218,8 @@ class Supervisor:
 
     # -------------------------------------------------------- how it ended
 
-    def _report(self, fence: Fence, process: RunnerProcess, ended: _Ended) -> None:
-        outcome, log_tail = process.outcome(), process.log_tail()
+    def _report(self, fence: Fence, folder: Path, ended: _Ended) -> None:
+        outcome, log_tail = read_outcome(folder), read_log_tail(folder)
         if outcome is None and ended.exit_code == ExitCode.DISK_FULL:
             outcome = self._no_room(fence, "how the attempt ended could not be written")
         _log.info(

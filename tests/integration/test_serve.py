@@ -28,7 +28,7 @@ class Served:
         self.output = folder / "stdout"
         self.log = folder / "stderr"
         outside = {name: v for name, v in os.environ.items() if name[:5] != "KDPO_"}
-        environment = {**outside, **settings}
+        environment = {**outside, "KDPO_WORKER__SPARE_RUNNER": "false", **settings}
         with self.output.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [

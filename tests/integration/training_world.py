@@ -17,7 +17,7 @@ from core.lifecycle import AttemptOutcome, JobKind, JobStatus
 from core.modelref import ModelRef
 from core.queue import QueueName
 from core.run_spec import DatasetPolicy
-from core.settings import DbSettings, Settings, TrainingSettings
+from core.settings import DbSettings, Settings, TrainingSettings, WorkerSettings
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
@@ -141,6 +141,7 @@ def make_world(root: Path, *, url: str, model: Path, pairs: int) -> TrainingWorl
         data_dir=root,
         db=DbSettings.model_validate({"url": url}),
         training=TrainingSettings(num_threads=1, checkpoint_every_s=0.0, progress_every_s=1e-9),
+        worker=WorkerSettings(spare_runner=False),
     )
     database = Database(url)
     upload = root / "upload.jsonl"

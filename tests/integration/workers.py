@@ -36,6 +36,8 @@ FAST = {
     "KDPO_WORKER__SWEEP_S": "0.5",
     "KDPO_WORKER__KILL_GRACE_S": "5",
     "KDPO_WORKER__BACKOFF_S": "0.2",
+    # Tests that need one ask for it: it costs seconds of imports.
+    "KDPO_WORKER__SPARE_RUNNER": "false",
     "KDPO_TRAINING__PROGRESS_EVERY_S": "0.1",
 }
 

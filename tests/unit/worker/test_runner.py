@@ -237,6 +237,17 @@ def test_attempt_that_owns_nothing_does_nothing(
     assert list(tmp_path.rglob("a2")) == []
 
 
+@pytest.mark.parametrize(
+    "wrong", [[], ["--spare", "--attempt", "1"], ["--job", "a"], ["--spare", "--job", "a"]]
+)
+def test_a_runner_has_a_job_or_is_a_spare(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--parent", "1", *wrong])
+    assert "--job" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"status": "succeeded"}', '{"status": "other"}'])
 def test_damaged_outcome_is_none(damage: str, tmp_path: Path) -> None:
     write_outcome(tmp_path, Succeeded(result={"n": 1}))
