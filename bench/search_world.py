@@ -78,7 +78,7 @@ class World:
         return number * math.fsum(arm.cost for arm in self.arms)
 
 
-def arms_of(scores: dict[str, float], costs: dict[str, float]) -> tuple[Arm, ...]:
+def arms_of(scores: dict[str, float]) -> tuple[Arm, ...]:
     """Plain DPO and the 28 pairs of the recorded tables, the best scores first."""
     specs = objectives()
     names = [PLAIN, *sorted((n for n in specs if n != PLAIN), key=lambda n: -scores.get(n, 0.0))]
@@ -87,7 +87,6 @@ def arms_of(scores: dict[str, float], costs: dict[str, float]) -> tuple[Arm, ...
             name=name,
             candidate=CandidateSpec(objective=specs[name], learning_rate=1e-3),
             score=scores.get(name, 0.0),
-            cost=costs.get(name, 1.0),
         )
         for name in names
     )
@@ -175,6 +174,6 @@ def made_up(law: Law, seed: int) -> World:
     """A world drawn from a law; the same law and seed give the same one."""
     made = _Made(law, seed)
     return World(
-        name=f"made up {seed}", data=f"made up {seed}", arms=arms_of(made.scores, {}),
+        name=f"made up {seed}", data=f"made up {seed}", arms=arms_of(made.scores),
         rungs=law.rungs, grid=GRID, pool=(), repeats=1, show=made.show, worth=made.worth,
     )  # fmt: skip
