@@ -73,8 +73,8 @@ def importances(
     if len(measured) < MIN_TRIALS:
         return _none(
             len(measured),
-            f"{len(measured)} trials have a {target}; with less than {MIN_TRIALS} an importance would "
-            "be noise, so none is given.",
+            f"{len(measured)} trials have a {target}; with less than {MIN_TRIALS} an importance "
+            "would be noise, so none is given.",
         )
     values = np.array([value for _, value in measured])
     share = max(_TOP_SHARE, _TOP_TRIALS / len(measured))
