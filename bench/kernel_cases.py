@@ -16,6 +16,7 @@ from typing import Any, Literal, assert_never
 import torch
 from torch import Tensor
 
+from bench.kernel_encoder import WEIGHTS_SHA256, Encoded
 from bench.kernel_function import (
     LEXICAL_DIM,
     PreferenceFunction,
@@ -52,7 +53,7 @@ BUDGET: dict[str, Any] = {
 """What every run has, an epoch of at most so many pairs; rows of another are not looked at."""
 
 Use = Literal["plain", "kernel", "offset", "target", "soft", "weight"]
-Source = Literal["none", "reference", "lexical", "by lot"]
+Source = Literal["none", "reference", "lexical", "sentence", "by lot"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,20 @@ VARIANTS: Mapping[str, Variant] = {
     "f as weight": Variant("weight", "reference"),
     "lexical f as soft label": Variant("soft", "lexical"),
     "f by lot as soft label": Variant("soft", "by lot"),
+    "sentence f as soft label": Variant("soft", "sentence"),
+    "sentence f as target margin": Variant("target", "sentence"),
+    "sentence kernel term, γ = 1": Variant("kernel", "sentence", gamma=1.0),
 }
 """By lot: the same numbers, dealt to other pairs; what it does is not what f knows."""
-FUNCTIONS = ("reference", "lexical")
+FUNCTIONS = ("reference", "lexical", "sentence")
+SENTENCE = tuple(name for name, variant in VARIANTS.items() if variant.source == "sentence")
+"""What needs the sentence encoder."""
 
 
 def versions() -> dict[str, str]:
     """Hash of what the variants are: rows of others are measured anew."""
     told = {name: f"{v.use} {v.source} {v.gamma}" for name, v in VARIANTS.items()}
+    told |= {name: f"{told[name]} {WEIGHTS_SHA256}" for name in SENTENCE}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:8] for name, text in told.items()}
 
 
@@ -133,18 +140,21 @@ def label_posterior(log_odds: Tensor, *, noise: float = NOISE) -> Tensor:
     return torch.sigmoid(log_odds + math.log((1.0 - noise) / noise))
 
 
-def functions(case: OpenCase) -> dict[str, PreferenceFunction]:
-    """What can be learned from the reference's embeddings, and from the words."""
+def functions(case: OpenCase, encoded: Encoded | None) -> dict[str, PreferenceFunction]:
+    """What can be learned from the embeddings of the reference, the words and the encoder."""
     group = case.features.group
     words, new_words = lexical_embeddings(
         _texts(case, case.data.pairs), _texts(case, case.validation)
     )
-    return {
+    found = {
         "reference": learn(
             _embeddings(case.features), group, _embeddings(case.validation_features), seed=case.seed
         ),
         "lexical": learn(words, group, new_words, seed=case.seed, max_dim=LEXICAL_DIM),
     }
+    if encoded is not None:
+        found["sentence"] = learn(encoded.train, group, encoded.new, seed=case.seed)
+    return found
 
 
 def about(case: OpenCase, found: Mapping[str, PreferenceFunction]) -> dict[str, Any]:
@@ -170,13 +180,26 @@ def about(case: OpenCase, found: Mapping[str, PreferenceFunction]) -> dict[str, 
 
 
 def prepared(
-    case: OpenCase, variant: Variant, found: Mapping[str, PreferenceFunction]
+    case: OpenCase,
+    variant: Variant,
+    found: Mapping[str, PreferenceFunction],
+    encoded: Encoded | None,
 ) -> tuple[HybridObjective, TrainingData]:
-    """Objective and data of a variant: what f says of each pair is a constant, label or weight."""
+    """Objective and data of a variant: what f says of each pair is a constant, label or weight.
+
+    Raises ValueError for a kernel term on an encoder that is not there.
+    """
     beta = BUDGET["beta"]
     match variant.use:
         case "plain":
             return _built(case, ObjectiveSpec(beta=beta)), case.data
+        case "kernel" if variant.source == "sentence":
+            if encoded is None:
+                raise ValueError("the sentence kernel term needs the encoder's embeddings")
+            term = KernelTerm(kernel=RbfKernelSpec(), gamma=variant.gamma, embedding="encoder")
+            spec = ObjectiveSpec(beta=beta, kernel_term=term)
+            objective = build_objective(spec, geometry=encoded.geometry, head=None)
+            return objective, replace(case.data, frozen_embeddings=encoded.train)
         case "kernel":
             term = KernelTerm(kernel=RbfKernelSpec(), gamma=variant.gamma)
             return _built(case, ObjectiveSpec(beta=beta, kernel_term=term)), case.data
@@ -185,8 +208,10 @@ def prepared(
             # reach a margin that grows with what f says (Amini et al. 2024, arXiv 2402.10571).
             sign = 1.0 if variant.use == "offset" else -1.0
             constant = _constant(sign * _log_odds(case, variant, found))
-            objective = FunctionObjective(beta=beta, gamma=variant.gamma)
-            return objective, replace(case.data, frozen_embeddings=constant)
+            return (
+                FunctionObjective(beta=beta, gamma=variant.gamma),
+                replace(case.data, frozen_embeddings=constant),
+            )
         case "soft":
             labels = _constant(label_posterior(_log_odds(case, variant, found)))
             return SoftLabelObjective(beta=beta), replace(case.data, frozen_embeddings=labels)
@@ -203,14 +228,17 @@ def prepared(
 
 
 def run(
-    case: OpenCase, variant: Variant, found: Mapping[str, PreferenceFunction]
+    case: OpenCase,
+    variant: Variant,
+    found: Mapping[str, PreferenceFunction],
+    encoded: Encoded | None,
 ) -> dict[str, Any]:
     """Train a variant and score validation at each scale of its adapter.
 
     A run that meets NaN has no points; `ended_by` says so.
     """
     started = time.perf_counter()
-    objective, data = prepared(case, variant, found)
+    objective, data = prepared(case, variant, found, encoded)
     outcome = train(
         case.policy, objective, data, plan=case.plan, weights_learning_rate=0.0, hooks=_Unwatched()
     )

@@ -1,30 +1,17 @@
 """From rows of `bench.kernel_term` to a block in docs/selection.md, goals and one JSON line."""
 
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from bench.kernel_cases import BUDGET, FUNCTIONS, NOISE, PLAIN, SCALES, VARIANTS, versions
-from bench.kernel_stats import (
-    Case,
-    Difference,
-    Floats,
-    Point,
-    against,
-    alone,
-    at_end,
-    over_datasets,
-    over_prompts,
-    scored,
-    together,
-)
+from bench.kernel_effects import AT_END, BESIDE, CONTROLS, TRAINED, Effect, effects, losses
+from bench.kernel_encoder import ENCODER
+from bench.kernel_stats import Case, Point, over_prompts, scored
 from bench.report import ROOT
 from bench.train_report import Table
 from core.lifecycle import EndedBy
@@ -38,30 +25,6 @@ MIN_DATASETS, MIN_SEEDS = 4, 2
 """A goal is met on no less."""
 
 Row = dict[str, Any]
-Compare = Callable[[Case], Difference]
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A variant minus γ = 0: log-loss over prompts and over datasets, accuracy over datasets.
-
-    `drift` is the geometric mean of the drift compared at over that of γ = 0 at its end;
-    `better` of the `cases` have a smaller log-loss; each of the `sources` has `seeds` at least.
-    """
-
-    prompts: Estimate
-    datasets: Estimate
-    accuracy: Estimate
-    drift: float
-    better: int
-    cases: int
-    sources: tuple[str, ...]
-    seeds: int
-
-    @property
-    def beats(self) -> bool:
-        """Whether the interval over datasets is below 0."""
-        return self.datasets.high < 0.0
 
 
 def read(rows: Sequence[Row]) -> tuple[list[Case], list[Row], list[str]]:
@@ -116,95 +79,6 @@ def _case(about: Row, runs: dict[str, Row]) -> Case:
             for name, run in runs.items()
         },
     )
-
-
-def _losses(difference: Difference) -> Floats:
-    return difference.losses
-
-
-def _right(difference: Difference) -> Floats:
-    return difference.right
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A difference to γ = 0, and the runs that a case needs for it, at all scales or at the end."""
-
-    compare: Compare
-    needs: tuple[str, ...]
-    scaled: bool = True
-
-    def of(self, cases: Sequence[Case]) -> tuple[list[Case], list[Difference]]:
-        """The cases that have what it needs, and their differences."""
-        points = len(SCALES) if self.scaled else 1
-        found = [
-            case
-            for case in cases
-            if all(len(case.runs.get(name, ())) >= points for name in self.needs)
-        ]
-        return found, [self.compare(case) for case in found]
-
-
-def effect(cases: Sequence[Case], comparison: Comparison) -> Effect | None:
-    """What a comparison gives over the cases that have it; None where there is none."""
-    having, found = comparison.of(cases)
-    if not having:
-        return None
-    return Effect(
-        prompts=over_prompts(having, found, _losses),
-        datasets=over_datasets(having, found, _losses),
-        accuracy=over_datasets(having, found, _right),
-        drift=math.exp(
-            fmean(
-                math.log(f.drift / c.runs[PLAIN][-1].drift)
-                for c, f in zip(having, found, strict=True)
-            )
-        ),
-        better=sum(float(difference.losses.mean()) < 0.0 for difference in found),
-        cases=len(having),
-        sources=tuple(sorted({case.data for case in having})),
-        seeds=min(Counter(case.data for case in having).values()),
-    )
-
-
-CONTROLS = tuple(name for name, variant in VARIANTS.items() if variant.source == "by lot")
-
-
-def _trained(*, scaled: bool) -> dict[str, Comparison]:
-    compare = against if scaled else at_end
-    return {
-        name: Comparison(partial(compare, variant=name, plain=PLAIN), (name, PLAIN), scaled=scaled)
-        for name in VARIANTS
-        if name != PLAIN
-    }
-
-
-TRAINED, AT_END = _trained(scaled=True), _trained(scaled=False)
-BESIDE: dict[str, Comparison] = {
-    **{
-        f"γ = 0, and {name} f beside it": Comparison(
-            partial(together, variant=PLAIN, function=name, plain=PLAIN), (PLAIN,), scaled=False
-        )
-        for name in FUNCTIONS
-    },
-    "f as offset, and that f beside it": Comparison(
-        partial(together, variant="f as offset", function="reference", plain=PLAIN),
-        ("f as offset", PLAIN),
-    ),
-    **{
-        f"{name} f alone": Comparison(
-            partial(alone, function=name, plain=PLAIN), (PLAIN,), scaled=False
-        )
-        for name in FUNCTIONS
-    },
-}
-"""At prediction only: these are no policies."""
-
-
-def effects(cases: Sequence[Case], of: Mapping[str, Comparison]) -> dict[str, Effect]:
-    """All comparisons of a group that some case has, by name."""
-    found = {name: effect(cases, comparison) for name, comparison in of.items()}
-    return {name: each for name, each in found.items() if each is not None}
 
 
 def goals(trained: Mapping[str, Effect]) -> list[Row]:
@@ -263,7 +137,7 @@ def _dataset_table(cases: Sequence[Case]) -> str:
         cells = []
         for name in names:
             having, found = comparison.of([case for case in cases if case.data == name])
-            cells.append(_said(over_prompts(having, found, _losses), 3) if having else "–")
+            cells.append(_said(over_prompts(having, found, losses), 3) if having else "–")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -271,24 +145,28 @@ def _dataset_table(cases: Sequence[Case]) -> str:
 def _case_table(cases: Sequence[Case], stored: Sequence[Row]) -> str:
     lines = [
         "| data | seed | pairs | validation pairs | f: held-out accuracy, log-loss "
-        "| lexical f | γ = 0: accuracy | log-loss | drift | drift of the variants / γ = 0's |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| lexical f | sentence f | γ = 0: accuracy | log-loss | drift "
+        "| drift of the variants / γ = 0's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, about in zip(cases, stored, strict=True):
         plain = case.runs[PLAIN][-1]
         found = scored(case, plain.margins)
         ratios = [run[-1].drift / plain.drift for name, run in case.runs.items() if name != PLAIN]
-        held_out = [
-            f"{f['held_out_accuracy']:.3f}, {f['held_out_log_loss']:.3f}"
-            for f in (about["functions"][name] for name in FUNCTIONS)
-        ]
+        held_out = " | ".join(_held_out(about["functions"].get(name)) for name in FUNCTIONS)
         lines.append(
             f"| {case.data} | {case.seed} | {about['train_pairs']:,} | {case.prompt.size} "
-            f"| {held_out[0]} | {held_out[1]} | {found.right.mean():.3f} "
+            f"| {held_out} | {found.right.mean():.3f} "
             f"| {found.losses.mean():.4f} | {plain.drift:.4f} "
             f"| {min(ratios):.2f} to {max(ratios):.2f} |"
         )
     return "\n".join(lines)
+
+
+def _held_out(function: Row | None) -> str:
+    if function is None:
+        return "–"
+    return f"{function['held_out_accuracy']:.3f}, {function['held_out_log_loss']:.3f}"
 
 
 def verdict(title: str, trained: Mapping[str, Effect]) -> str:
@@ -319,9 +197,10 @@ def _setting(where: Row) -> str:
         "are linear in √drift). Log-loss is calibrated, strengths fitted on the other half of the "
         "prompts. Intervals over prompts are for these datasets; those over datasets "
         "are widened for how few there are. Labels of a posterior are taken to flip with "
-        f"{NOISE:g}. Measured on {where['cpu']}, {where['threads']} threads of {where['cores']} "
-        f"cores, torch {where['torch']}, transformers {where['transformers']}, peft "
-        f"{where['peft']}, Python {where['python']}, float32."
+        f"{NOISE:g}. Sentence: {ENCODER}, frozen. "
+        f"Measured on {where['cpu']}, {where['threads']} threads of {where['cores']} cores, torch "
+        f"{where['torch']}, transformers {where['transformers']}, peft {where['peft']}, Python "
+        f"{where['python']}, float32."
     )
 
 

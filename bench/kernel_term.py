@@ -7,7 +7,7 @@ of every variant for every dataset and seed, one JSON line each. It can be stopp
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from bench import kernel_report
-from bench.kernel_cases import BUDGET, SCALES, VARIANTS, about, functions, run, versions
+from bench.kernel_cases import BUDGET, SCALES, SENTENCE, VARIANTS, about, functions, run, versions
+from bench.kernel_encoder import ENCODER, INSTALL, Encoded, encode_case, installed_encoder
 from bench.kernel_report import TABLE
 from bench.selection import SEEDS, TINY, Source, find
 from bench.selection_cases import OpenCase, open_case
@@ -42,18 +43,34 @@ def missing(table: Table, source: Source, *, seed: int) -> tuple[str, ...]:
     return tuple(name for name, version in versions().items() if (name, version) not in whole)
 
 
+def told(table: Table, source: Source, *, seed: int) -> set[str]:
+    """Names of the functions that the table has of a dataset and seed."""
+    at = {"kind": "case", "data": source.name, "sha256": source.sha256, "seed": seed}
+    return {
+        name
+        for row in table.rows
+        if all(row.get(k) == v for k, v in (at | {"budget": BUDGET}).items())
+        for name in row["functions"]
+    }
+
+
 def measured(
-    case: OpenCase, source: Source, names: Sequence[str], *, known: bool
+    case: OpenCase,
+    source: Source,
+    names: Sequence[str],
+    *,
+    known: Set[str],
+    encoded: Encoded | None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of what is missing: what the functions say, unless it is known, then runs one by one."""
     at = {"data": source.name, "sha256": source.sha256, "seed": case.seed, "budget": BUDGET}
-    found = functions(case)
-    if not known:
+    found = functions(case, encoded)
+    if not found.keys() <= known:
         yield {"kind": "case", **at, **about(case, found)}
     for name in names:
         yield {
             "kind": "run", **at, "variant": name, "version": versions()[name],
-            **run(case, VARIANTS[name], found),
+            **run(case, VARIANTS[name], found, encoded),
         }  # fmt: skip
 
 
@@ -80,8 +97,13 @@ def todos(
     return found
 
 
-def fill(table: Table, todo: Sequence[Todo], *, limit: int | None) -> None:
-    """Measure what is missing; with a limit it ends after so many runs."""
+def fill(
+    table: Table, todo: Sequence[Todo], *, limit: int | None, encoder: Path | None = None
+) -> None:
+    """Measure what is missing; with a limit it ends after so many runs.
+
+    Without an encoder's folder `todo` has none of the variants that need it.
+    """
     left = sum(len(each.variants) for each in todo)
     if not left:
         print("nothing is missing", flush=True)
@@ -94,15 +116,15 @@ def fill(table: Table, todo: Sequence[Todo], *, limit: int | None) -> None:
     runs: Counter[str] = Counter()
     for each in todo:
         source, seed = each.source, each.seed
-        at = {"data": source.name, "sha256": source.sha256, "seed": seed, "budget": BUDGET}
-        known = table.has(kind="case", **at)
         with tempfile.TemporaryDirectory() as scratch:
             case = open_case(
                 policy, source.path, seed=seed, scratch=Path(scratch),
                 steps=BUDGET["steps"], train_pairs=BUDGET["train_pairs"],
                 validation_pairs=BUDGET["validation_pairs"],
             )  # fmt: skip
-            for row in measured(case, source, each.variants, known=known):
+            encoded = encode_case(encoder, case, scratch=Path(scratch)) if encoder else None
+            known = told(table, source, seed=seed)
+            for row in measured(case, source, each.variants, known=known, encoded=encoded):
                 table.append(row)
                 runs[row["kind"]] += 1
                 _tell(row, done=runs["run"], of=left)
@@ -142,8 +164,12 @@ def main() -> None:
     table = Table(options.table)
     if options.full:
         sources = find(options.data, options.datasets)
-        todo = todos(table, sources, seeds=options.seeds, variants=options.variants)
-        fill(table, todo, limit=options.limit)
+        encoder, variants = installed_encoder(), options.variants
+        if encoder is None:
+            variants = [name for name in variants if name not in SENTENCE]
+            print(f"skipped: {', '.join(SENTENCE)}. They need {ENCODER}: {INSTALL}", flush=True)
+        todo = todos(table, sources, seeds=options.seeds, variants=variants)
+        fill(table, todo, limit=options.limit, encoder=encoder)
     kernel_report.report(table, publish=options.table == TABLE)
 
 

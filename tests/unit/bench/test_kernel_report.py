@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.kernel_cases import BUDGET, PLAIN, VARIANTS, versions
-from bench.kernel_report import AT_END, TRAINED, Effect, effects, goals, read, report, said, verdict
+from bench.kernel_cases import BUDGET, FUNCTIONS, PLAIN, VARIANTS, versions
+from bench.kernel_effects import AT_END, BESIDE, TRAINED, Effect, effects
+from bench.kernel_report import goals, read, report, said, verdict
 from bench.kernel_stats import (
     Case,
     Point,
@@ -120,7 +121,7 @@ def rows_of(data: str, seed: int, signal: dict[str, float], *, noise: int) -> li
     }  # fmt: skip
     about = {
         "prompt": list(range(N)), "train_pairs": 100,
-        "functions": {"reference": function, "lexical": function},
+        "functions": dict.fromkeys(FUNCTIONS, function),
     }  # fmt: skip
 
     def run(name: str) -> Row:
@@ -213,6 +214,29 @@ def test_a_comparison_is_over_the_cases_that_have_both_of_its_runs() -> None:
     assert scaled[broken["variant"]].sources == ended[broken["variant"]].sources == ("b",)
     assert (scaled[near["variant"]].cases, ended[near["variant"]].cases) == (1, 2)
     assert scaled[rows[4]["variant"]].cases == 2
+
+
+def test_a_function_that_a_case_lacks_is_not_beside_its_policy() -> None:
+    rows = table_rows({}, datasets="ab", seeds=1)
+    del rows[0]["functions"]["sentence"]
+    cases, stored, _ = read(rows)
+    beside = effects(cases, BESIDE)
+    assert beside["γ = 0, and sentence f beside it"].sources == ("b",)
+    assert beside["sentence f alone"].sources == ("b",)
+    assert beside["γ = 0, and reference f beside it"].sources == ("a", "b")
+    assert "sentence" not in stored[0]["functions"]
+
+
+def test_what_the_functions_say_is_that_of_the_newest_row(tmp_path: Path) -> None:
+    table = Table(tmp_path / "table.jsonl")
+    rows = table_rows({}, datasets="a", seeds=1)
+    older = rows[0] | {"functions": {k: rows[0]["functions"][k] for k in FUNCTIONS[:2]}}
+    table.append({"environment": ENVIRONMENT})
+    for row in [older, *rows[1:]]:
+        table.append(row)
+    assert "| 0.600, 0.650 | 0.600, 0.650 | – |" in said(table).text
+    table.append(rows[0])
+    assert "| 0.600, 0.650 | 0.600, 0.650 | 0.600, 0.650 |" in said(table).text
 
 
 def test_a_case_without_its_baseline_is_left_out() -> None:
