@@ -59,6 +59,7 @@ EXPLANATIONS = {
     "not_found": "There is no such path or object, or it belongs to somebody else.",
     "option_ignored": "An option has no meaning for the layout of the file and would be ignored. "
     "Drop it.",
+    "overloaded": "The server computes as many analyses as it does at once. Ask again shortly.",
     "range_not_satisfiable": "The range begins behind the end of the file.",
     "recommendation_not_ready": "The recommendation has no final answer yet, or ended without one.",
     "source_address_blocked": "The host of the source has an address that this server may not "

@@ -57,7 +57,12 @@ _METRICS = (
     "objectives/mixture.py",
     "objectives/kernels/*.py",
 )
-_RECOMMENDER = ("selection/parts.py", "selection/recommender.py", "core/profile.py")
+_RECOMMENDER = (
+    "selection/parts.py",
+    "selection/prior.py",
+    "selection/recommender.py",
+    "core/profile.py",
+)
 
 
 def pair_name(kernel: str, divergence: str) -> str:

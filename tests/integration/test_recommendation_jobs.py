@@ -72,7 +72,7 @@ def test_the_reference_runs_over_the_sample_alone_and_the_numbers_say_so(
 ) -> None:
     job = asked(world, seed=3)
     result = world.attempt(recommend.run)
-    parts = ["model", "tokenize", "reference", "metrics", "rank", "store"]
+    parts = ["model", "tokenize", "provisional", "reference", "metrics", "rank", "store"]
     assert list(result) == ["recommendation_id", "seconds"]
     assert (result["recommendation_id"], list(result["seconds"])) == (job, parts)
     assert all(seconds >= 0.0 for seconds in result["seconds"].values())

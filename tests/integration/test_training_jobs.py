@@ -398,7 +398,7 @@ def test_recommendations_are_stored_and_use_the_reference_again(world: TrainingW
     ids = []
     for _ in range(2):
         job_id = world.job(JobKind.RECOMMENDATION, spec={"model": world.model_ref()})
-        assert world.attempt(recommend.run) == {"recommendation_id": job_id}
+        assert world.attempt(recommend.run)["recommendation_id"] == job_id
         ids.append(job_id)
     with world.database.reading() as session:
         experiments = ExperimentRepository(session)

@@ -8,6 +8,7 @@ import torch
 from core.errors import InvalidInput
 from core.profile import DatasetProfile, Estimate
 from core.spec import KernelName
+from selection.parts import KERNEL_COST
 from selection.profile import profile_dataset, sampled_rows
 from selection.recommender import recommend
 from tests.unit.selection.samples import features, shuffled
@@ -46,7 +47,7 @@ def test_the_kernel_whose_geometry_carries_the_preference_is_first(carried_by_ma
     assert "Kernels differ: mahalanobis" in found.summary
     choice = found.kernel_choice
     assert choice.name == KernelName.MAHALANOBIS
-    assert choice.lead.margin.value > 0.3
+    assert choice.lead.margin.value > KERNEL_COST[KernelName.HMK]
     assert choice.lead.confidence > 0.75
 
 
