@@ -43,8 +43,11 @@ def runners(pid: int) -> list[int]:
 
 
 def the_runner(pid: int) -> int:
-    """Return the one runner of a process."""
-    (child,) = runners(pid)
+    """Return the one runner of a process.
+
+    For an instant after `exec` a new process has no command line yet, so it is waited for.
+    """
+    (child,) = wait_for("a runner", lambda: runners(pid))
     return child
 
 
@@ -179,12 +182,12 @@ def test_what_a_spare_writes_after_it_was_given_is_in_the_log(
 def test_a_spare_that_does_not_answer_is_ended(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spare = SpareRunner(answer_s=0.2)
-    spare.prepare()
-    silent = the_runner(os.getpid())
-    os.kill(silent, signal.SIGSTOP)
-    assert spare.hand_over(FENCE, tmp_path) is None
-    assert not is_alive(silent)
+    with closing(SpareRunner(answer_s=0.2)) as spare:
+        spare.prepare()
+        silent = the_runner(os.getpid())
+        os.kill(silent, signal.SIGSTOP)
+        assert spare.hand_over(FENCE, tmp_path) is None
+        assert not is_alive(silent)
     assert "does not answer: timed out" in caplog.text
     assert (tmp_path / LOG_NAME).read_bytes() == b""
 
