@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.checkpoint_views import CheckpointView, FileView, checkpoint_view
 from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Queue, ReadsArtifacts, WritesArtifacts
-from app.downloads import StoredFile, file_response
+from app.downloads import RANGE_RESPONSES, StoredFile, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
 from app.responses import ListOf, conditional, json_response, list_of
@@ -88,9 +88,7 @@ def list_checkpoint_files(
     response_class=Response,
     responses={
         200: {"content": {"application/octet-stream": {}}, "description": "The file"},
-        206: {"description": "The range that was asked for"},
-        304: {"description": "The client has this file already"},
-        416: {"description": "The range begins behind the end of the file"},
+        **RANGE_RESPONSES,
     },
 )
 async def download_checkpoint_file(

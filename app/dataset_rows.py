@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.dataset_views import DatasetId, RowView, report_url
 from app.deps import Config, Db, ReadsDatasets
-from app.downloads import StoredFile, file_response, open_inside
+from app.downloads import RANGE_RESPONSES, StoredFile, file_response, open_inside
 from app.responses import ListOf, json_response, list_of, next_page
 from core.errors import Conflict, InvalidInput
 from core.lifecycle import DatasetStatus
@@ -36,9 +36,7 @@ _PAGE = 20
     response_model=ListOf[RowView],
     responses={
         200: {"content": {"application/jsonl": {}, "application/vnd.apache.parquet": {}}},
-        206: {"description": "The range that was asked for"},
-        304: {"description": "The client has this file already"},
-        416: {"description": "The range begins behind the end of the file"},
+        **RANGE_RESPONSES,
     },
 )
 async def list_dataset_rows(

@@ -21,7 +21,7 @@ from core.sources import (
 )
 from core.spec import SpecModel
 from models.repositories.datasets import DatasetRepository
-from models.repositories.jobs import ID_OF_KIND, JobRepository
+from models.repositories.jobs import ID_OF_KIND
 from models.session import Database
 
 MAX_BODY_BYTES = 64 * 1024
@@ -121,7 +121,8 @@ def store_source(
     check_source(body.source, settings)
     job_id = new_id(ID_OF_KIND[JobKind.DATASET])
     with database.transaction() as session:
-        DatasetRepository(session).create(
+        datasets = DatasetRepository(session)
+        dataset = datasets.create(
             dataset_id=dataset_id,
             owner_id=owner_id,
             job_id=job_id,
@@ -131,13 +132,7 @@ def store_source(
             source=body.source.model_dump(mode="json"),
             policy=body.policy.model_dump(mode="json"),
         )
-        JobRepository(session).create(
-            owner_id=owner_id,
-            kind=JobKind.DATASET,
-            spec={"dataset_id": dataset_id},
-            job_id=job_id,
-            dataset_id=dataset_id,
-        )
+        datasets.queue_validation(dataset)
 
 
 def _name_of(source: HuggingFaceSource | HttpsSource | PathSource) -> str:

@@ -17,7 +17,23 @@ from core.lifecycle import JobKind
 from core.run_spec import DatasetPolicy
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
-from models.repositories.jobs import ID_OF_KIND, JobRepository
+from models.repositories.jobs import ID_OF_KIND
+
+UPLOAD_FIELDS: dict[str, Any] = {
+    "file": {
+        "type": "string",
+        "format": "binary",
+        "description": "preference data: JSON Lines, a JSON array, CSV or TSV "
+        "(plain, gzip, zstd, xz), Parquet, Arrow, or a zip or tar of these",
+    },
+    "name": {"type": "string", "maxLength": 200},
+    "policy": {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": "#/components/schemas/DatasetPolicy"},
+    },
+}
+"""The parts of a multipart body that uploads a dataset, for the OpenAPI description."""
 
 # What is refused before anything is stored; validation knows all containers.
 _MAGIC = (
@@ -49,7 +65,8 @@ def store_upload(session: Session, upload: Upload, *, dataset_id: str, owner_id:
     name = _name(upload, dataset_id)
     _refuse_container(upload.path)
     job_id = new_id(ID_OF_KIND[JobKind.DATASET])
-    dataset = DatasetRepository(session).create(
+    datasets = DatasetRepository(session)
+    dataset = datasets.create(
         dataset_id=dataset_id,
         owner_id=owner_id,
         job_id=job_id,
@@ -58,13 +75,7 @@ def store_upload(session: Session, upload: Upload, *, dataset_id: str, owner_id:
         sha256=upload.sha256,
         policy=policy.model_dump(mode="json"),
     )
-    JobRepository(session).create(
-        owner_id=owner_id,
-        kind=JobKind.DATASET,
-        spec={"dataset_id": dataset_id},
-        job_id=job_id,
-        dataset_id=dataset_id,
-    )
+    datasets.queue_validation(dataset)
     return dataset
 
 

@@ -26,7 +26,7 @@ from core.run_spec import DatasetPolicy
 from core.settings import Settings
 from core.spec import SpecModel
 from models.repositories.datasets import DatasetRepository
-from models.repositories.jobs import ID_OF_KIND, JobRepository
+from models.repositories.jobs import ID_OF_KIND
 from models.session import Database
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
@@ -133,18 +133,12 @@ def _create(
                 code="upload_gone",
                 hint="send the file again: POST /v1/datasets",
             )
-        datasets.add_version(
+        version = datasets.add_version(
             parent,
             dataset_id=made,
             job_id=job_id,
             name=body.name or parent.name,
             policy=body.policy.model_dump(mode="json"),
         )
-        JobRepository(session).create(
-            owner_id=owner_id,
-            kind=JobKind.DATASET,
-            spec={"dataset_id": made},
-            job_id=job_id,
-            dataset_id=made,
-        )
+        datasets.queue_validation(version)
     return made

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.dataset_sources import SOURCE_BODY, is_json, receive_source, store_source
-from app.dataset_uploads import discarded_on_error, store_upload
+from app.dataset_uploads import UPLOAD_FIELDS, discarded_on_error, store_upload
 from app.dataset_views import (
     DatasetId,
     DatasetView,
@@ -49,20 +49,7 @@ _UPLOAD_BODY = {
                     "type": "object",
                     "required": ["file"],
                     "additionalProperties": False,
-                    "properties": {
-                        "file": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "preference data: JSON Lines, a JSON array, CSV or TSV "
-                            "(plain, gzip, zstd, xz), Parquet, Arrow, or a zip or tar of these",
-                        },
-                        "name": {"type": "string", "maxLength": 200},
-                        "policy": {
-                            "type": "string",
-                            "contentMediaType": "application/json",
-                            "contentSchema": {"$ref": "#/components/schemas/DatasetPolicy"},
-                        },
-                    },
+                    "properties": UPLOAD_FIELDS,
                 },
                 "examples": {
                     "upload": {

@@ -7,6 +7,7 @@ import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request, Response
@@ -18,6 +19,12 @@ from app.responses import etag_matches
 from core.errors import FailureCode, NotFound, RunAborted
 
 CHUNK_BYTES = 256 * 1024
+RANGE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The range that was asked for"},
+    304: {"description": "The client has this file already"},
+    416: {"description": "The range begins behind the end of the file"},
+}
+"""What `file_response` answers besides 200, for the OpenAPI description."""
 _TYPES = {
     ".json": "application/json",
     ".jsonl": "application/jsonl",

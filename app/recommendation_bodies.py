@@ -7,7 +7,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, Field, ValidationError
 
-from app.dataset_uploads import discarded_on_error, store_upload
+from app.dataset_uploads import UPLOAD_FIELDS, discarded_on_error, store_upload
 from app.errors import validation_detail
 from app.fine_tuning import DatasetId, Metadata, ModelName, Seed
 from app.uploads import Upload
@@ -48,20 +48,10 @@ RECOMMENDATION_BODY: dict[str, Any] = {
                     "required": ["file", "model"],
                     "additionalProperties": False,
                     "properties": {
-                        "file": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "preference data, as of `POST /v1/datasets`",
-                        },
+                        **UPLOAD_FIELDS,
                         "model": {"type": "string", "minLength": 1, "maxLength": 512},
                         "seed": {"type": "integer", "minimum": 0},
                         "metadata": {"type": "string", "contentMediaType": "application/json"},
-                        "name": {"type": "string", "maxLength": 200},
-                        "policy": {
-                            "type": "string",
-                            "contentMediaType": "application/json",
-                            "contentSchema": {"$ref": "#/components/schemas/DatasetPolicy"},
-                        },
                     },
                 },
                 "examples": {

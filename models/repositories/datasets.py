@@ -7,10 +7,11 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, defer
 
 from core.errors import Category, Conflict, NotFound
-from core.lifecycle import DatasetStatus, JobStatus
+from core.lifecycle import DatasetStatus, JobKind, JobStatus
 from core.run_spec import DatasetPolicy
 from models.dataset import Dataset
 from models.job import Job
+from models.repositories.jobs import JobRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
 
@@ -85,6 +86,16 @@ class DatasetRepository:
         self._session.add(dataset)
         self._session.flush()
         return dataset
+
+    def queue_validation(self, dataset: Dataset) -> None:
+        """Insert the job that reads the dataset, under the id that the dataset names."""
+        JobRepository(self._session).create(
+            owner_id=dataset.owner_id,
+            kind=JobKind.DATASET,
+            spec={"dataset_id": dataset.id},
+            job_id=dataset.job_id,
+            dataset_id=dataset.id,
+        )
 
     def lock_versions(self, owner_id: str, dataset_id: str) -> Dataset:
         """Return the owner's dataset; its upload gets no other version in this transaction.
