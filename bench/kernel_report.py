@@ -12,7 +12,7 @@ from bench.kernel_cases import BUDGET, FUNCTIONS, NOISE, PLAIN, SCALES, VARIANTS
 from bench.kernel_effects import AT_END, BESIDE, CONTROLS, TRAINED, Effect, effects, losses
 from bench.kernel_encoder import ENCODER
 from bench.kernel_stats import Case, Point, over_prompts, scored
-from bench.report import ROOT
+from bench.report import ROOT, publish_block
 from bench.train_report import Table
 from core.lifecycle import EndedBy
 from core.profile import Estimate
@@ -256,11 +256,7 @@ def report(table: Table, *, publish: bool) -> None:
     found = said(table)
     print(found.text)
     if publish and table.environment is not None:
-        page = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the block's place")
-        text = page.split(BEGIN)[0] + found.text + page.split(END)[1]
-        PAGE.write_text(text, encoding="utf-8")
+        publish_block(PAGE, found.text)
         summary = {
             "environment": table.environment,
             "budget": BUDGET,

@@ -4,7 +4,6 @@
 of every variant for every dataset and seed, one JSON line each. It can be stopped and goes on.
 """
 
-import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
@@ -18,6 +17,7 @@ from bench import kernel_report
 from bench.kernel_cases import BUDGET, SCALES, SENTENCE, VARIANTS, about, functions, run, versions
 from bench.kernel_encoder import ENCODER, INSTALL, Encoded, encode_case, installed_encoder
 from bench.kernel_report import TABLE
+from bench.options import parse, table_parser
 from bench.selection import SEEDS, TINY, Source, find
 from bench.selection_cases import OpenCase, open_case
 from bench.train import environment
@@ -148,19 +148,10 @@ def _tell(row: dict[str, Any], *, done: int, of: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="measure what the table lacks")
-    parser.add_argument("--limit", type=int, help="with --full: at most so many runs")
-    parser.add_argument("--data", type=Path, help="folder of .jsonl or .jsonl.gz files")
-    parser.add_argument("--datasets", nargs="+", help="names of files in it, without endings")
+    parser = table_parser(__doc__, table=TABLE)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, choices=SEEDS)
     parser.add_argument("--variants", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
-    parser.add_argument("--table", type=Path, default=TABLE, help="where rows are kept")
-    options = parser.parse_args()
-    if not options.full and (options.limit or options.data or options.datasets):
-        parser.error("--limit, --data and --datasets are of what is measured: add --full")
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit {options.limit}: expected 1 or more runs")
+    options = parse(parser)
     table = Table(options.table)
     if options.full:
         sources = find(options.data, options.datasets)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from bench.report import PAGE, ROOT, goal_table
+from bench.report import PAGE, ROOT, goal_table, publish_block, worst
 from bench.train_report import Table
 
 TABLE = ROOT / "bench" / "results" / "recommend-cells.jsonl"
@@ -44,21 +44,6 @@ def growing(row: Row) -> float:
     return float(row["seconds"]["ready"] + row["seconds"]["job: tokenize"])
 
 
-def _goal(name: str, target: float, values: dict[str, float]) -> Row:
-    """A goal over data sets: the worst one must meet it."""
-    if not values:
-        return {"name": name, "target": f"<= {target:g}", "measured": None, "met": False}
-    worst = max(values, key=values.__getitem__)
-    return {
-        "name": name,
-        "target": f"<= {target:g}",
-        "measured": float(f"{values[worst]:.3g}"),
-        "met": values[worst] <= target,
-        "worst_cell": worst,
-        "cells": len(values),
-    }
-
-
 def goals(rows: list[Row]) -> list[Row]:
     """The goals of the newest rows."""
     found = newest(rows)
@@ -70,17 +55,17 @@ def goals(rows: list[Row]) -> list[Row]:
         if (data, _FEWER) in found
     }
     return [
-        _goal(
-            f"upload's end to recommendation, {SIZE:,} pairs, s", IN_ALL_S,
+        worst(
+            f"upload's end to recommendation, {SIZE:,} pairs, s", f"<= {IN_ALL_S:g}",
             {data: row["seconds"]["recommendation"] for data, row in at_size.items()},
         ),
-        _goal(
-            f"everything but the reference pass, {SIZE:,} pairs, s", BESIDE_S,
+        worst(
+            f"everything but the reference pass, {SIZE:,} pairs, s", f"<= {BESIDE_S:g}",
             {data: beside_reference(row) for data, row in at_size.items()},
         ),
-        _goal(
+        worst(
             f"validation and tokenising, seconds a pair among {_MOST:,} / among {_FEWER:,}",
-            GROWTH, growth,
+            f"<= {GROWTH:g}", growth,
         ),
     ]  # fmt: skip
 
@@ -136,10 +121,7 @@ def report(kept: Table, *, now: list[Row], publish: bool) -> None:
     found, block = goals(kept.rows), _block(kept)
     print(block)
     if publish and kept.environment is not None:
-        page = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the table's place")
-        PAGE.write_text(page.split(BEGIN)[0] + block + page.split(END)[1], encoding="utf-8")
+        publish_block(PAGE, block)
         about = {"environment": kept.environment, "goals": found}
         SUMMARY.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     seen = [goal for goal in goals(now) if goal["measured"] is not None]

@@ -5,13 +5,12 @@ and full grids on the tables of bench/tables, and on made-up worlds; nothing is 
 first trains what the table with several settings lacks; it can be stopped and goes on.
 """
 
-import argparse
 import warnings
-from pathlib import Path
 
 import optuna
 
 from bench import search_report, search_table, selection_cases, selection_report
+from bench.options import parse, table_parser
 from bench.search_report import LAWS, Findings
 from bench.search_table import worlds
 from bench.selection import find
@@ -37,22 +36,13 @@ def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="measure what the table lacks")
-    parser.add_argument("--limit", type=int, help="with --full: at most so many runs")
-    parser.add_argument("--data", type=Path, help="folder of .jsonl or .jsonl.gz files")
-    parser.add_argument("--datasets", nargs="+", help="names of files in it, without endings")
-    parser.add_argument(
-        "--table", type=Path, default=search_table.TABLE, help="where rows are kept"
-    )
+    parser = table_parser(__doc__, table=search_table.TABLE)
     parser.add_argument(
         "--replicates", type=int, default=REPLICATES, help="made-up worlds of each law"
     )
-    options = parser.parse_args()
-    if not options.full and (options.limit or options.data or options.datasets):
-        parser.error("--limit, --data and --datasets are of what is measured: add --full")
-    if min(options.replicates, options.limit or 1) < 1:
-        parser.error("--limit and --replicates are 1 or more")
+    options = parse(parser)
+    if options.replicates < 1:
+        parser.error(f"--replicates {options.replicates}: expected 1 or more made-up worlds")
     table = Table(options.table)
     if options.full:
         search_table.fill(table, find(options.data, options.datasets), limit=options.limit)

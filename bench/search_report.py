@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import ROOT
+from bench.report import ROOT, publish_block
 from bench.search_strategies import STRATEGIES, Pick, grid
 from bench.search_world import Law, World, made_up
 from core.profile import Estimate
@@ -282,10 +282,7 @@ def report(found: Findings, *, publish: bool) -> None:
     text, said = block(found), goals(found.tuned, found.single)
     print(text)
     if publish:
-        page = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the block's place")
-        PAGE.write_text(page.split(BEGIN)[0] + text + page.split(END)[1], encoding="utf-8")
+        publish_block(PAGE, text)
         sources = {"settings": found.tuned, "one setting": found.single, **found.made_up}
         summary = {
             "goals": said,

@@ -6,29 +6,24 @@ that tunes needs. Both are runs of the shipped model that take seconds.
 """
 
 import math
-import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from bench import selection_cases
 from bench.report import ROOT
 from bench.search_world import Shown, World, Worth, arms_of
-from bench.selection import SEEDS, TINY, Progress, Source
-from bench.selection_cases import PAIRS, PLAIN, OpenCase, metrics_version, objectives, open_case
-from bench.train import environment
+from bench.selection import SEEDS, Source, fill_all
+from bench.selection_cases import PAIRS, PLAIN, OpenCase, metrics_version, objectives
 from bench.train_report import Table
 from core.profile import DatasetProfile
-from core.run_spec import CandidateSpec, LoraSpec
+from core.run_spec import CandidateSpec
 from selection.draws import RECOMMENDED, Setting, candidate_at
 from selection.recommender import recommend
-from worker.training.model import load_policy
 
 TABLE = ROOT / "bench" / "tables" / "search.jsonl"
 STEPS = 60
@@ -120,27 +115,11 @@ def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
     if not todos:
         print("nothing is missing", flush=True)
         return
-    left: Counter[str] = Counter()
-    for todo in todos:
-        left[todo.source.name] += len(todo.runs)
-    each, number = expected_seconds(table), min(left.total(), limit or left.total())
+    total = sum(len(todo.runs) for todo in todos)
+    each, number = expected_seconds(table), min(total, limit or total)
     says = "as long as the first will show" if each is None else f"{number * each / 60:.0f} minutes"
-    print(f"{left.total()} runs are missing; {number} of them will take about {says}", flush=True)
-    progress = Progress(left)
-    table.append({"environment": environment()})
-    policy = load_policy(TINY, lora=LoraSpec(), device=torch.device("cpu"))
-    runs = 0
-    for todo in todos:
-        with tempfile.TemporaryDirectory() as scratch:
-            case = open_case(
-                policy, todo.source.path, seed=todo.seed, scratch=Path(scratch), steps=STEPS
-            )
-            for row in measured(case, todo):
-                table.append(row)
-                progress.tell(row)
-                runs += row["kind"] == "run"
-                if limit is not None and runs >= limit:
-                    return
+    print(f"{total} runs are missing; {number} of them will take about {says}", flush=True)
+    fill_all(table, todos, measured, steps=STEPS, limit=limit)
 
 
 # -------------------------------------------------------------------- reading

@@ -5,21 +5,21 @@
 drawn by lot. It can be stopped and goes on.
 """
 
-import argparse
 import hashlib
 import pprint
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from bench import selection_report
+from bench.options import parse, table_parser
 from bench.report import ROOT
 from bench.selection_cases import (
     BUDGET,
@@ -169,27 +169,42 @@ class Progress:
         )
 
 
-def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
-    """Measure what the table lacks, every dataset of a seed before the next seed.
+class Missing(Protocol):
+    """Runs that a table lacks of one dataset and seed."""
 
-    With a limit it ends after so many runs, if that many are missing.
-    """
-    todos = [missing(table, source, seed=seed) for seed in SEEDS for source in sources]
-    todos = [todo for todo in todos if todo.anything]
-    if not todos:
-        print("nothing is missing", flush=True)
-        return
+    @property
+    def source(self) -> Source: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def runs(self) -> tuple[str, ...]: ...
+
+
+Lacking = TypeVar("Lacking", bound=Missing)
+
+
+def fill_all(
+    table: Table,
+    todos: Sequence[Lacking],
+    measure: Callable[[OpenCase, Lacking], Iterator[dict[str, Any]]],
+    *,
+    steps: int,
+    limit: int | None,
+) -> None:
+    """Keep the rows that `measure` gives of each case; with a limit, of so many runs."""
     left: Counter[str] = Counter()
     for todo in todos:
         left[todo.source.name] += len(todo.runs)
     progress = Progress(left)
-    runs = 0
     table.append({"environment": environment()})
     policy = load_policy(TINY, lora=LoraSpec(), device=torch.device("cpu"))
+    runs = 0
     for todo in todos:
         with tempfile.TemporaryDirectory() as scratch:
-            case = open_case(policy, todo.source.path, seed=todo.seed, scratch=Path(scratch))
-            for row in measured(case, todo):
+            case = open_case(
+                policy, todo.source.path, seed=todo.seed, scratch=Path(scratch), steps=steps
+            )
+            for row in measure(case, todo):
                 table.append(row)
                 progress.tell(row)
                 runs += row["kind"] == "run"
@@ -197,23 +212,24 @@ def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
                     return
 
 
+def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
+    """Measure what the table lacks, every dataset of a seed before the next seed."""
+    found = [missing(table, source, seed=seed) for seed in SEEDS for source in sources]
+    todos = [todo for todo in found if todo.anything]
+    if todos:
+        fill_all(table, todos, measured, steps=BUDGET["steps"], limit=limit)
+    else:
+        print("nothing is missing", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="measure what the table lacks")
-    parser.add_argument("--limit", type=int, help="with --full: at most so many runs")
-    parser.add_argument("--data", type=Path, help="folder of .jsonl or .jsonl.gz files")
-    parser.add_argument("--datasets", nargs="+", help="names of files in it, without endings")
+    parser = table_parser(__doc__, table=TABLE)
     parser.add_argument(
         "--prior", action="store_true", help="print the prior table that the kept runs give"
     )
-    parser.add_argument("--table", type=Path, default=TABLE, help="where rows are kept")
-    options = parser.parse_args()
+    options = parse(parser)
     if options.prior and options.full:
         parser.error("--prior prints what is kept, --full measures: one at a time")
-    if not options.full and (options.limit or options.data or options.datasets):
-        parser.error("--limit, --data and --datasets are of what is measured: add --full")
-    if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit {options.limit}: expected 1 or more runs")
     table = Table(options.table)
     if options.prior:
         pprint.pprint(rounded(fit_prior(list(evidence(table.rows).values()))), sort_dicts=False)

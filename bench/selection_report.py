@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from bench.report import ROOT
+from bench.report import ROOT, publish_block
 from bench.selection_cases import (
     BUDGET,
     HELD_OUT,
@@ -262,10 +262,7 @@ def report(table: Table, *, publish: bool) -> None:
     found, _ = read(table.rows)
     said = goals(found, table.rows)
     if publish and table.environment is not None:
-        page = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the block's place")
-        PAGE.write_text(page.split(BEGIN)[0] + text + page.split(END)[1], encoding="utf-8")
+        publish_block(PAGE, text)
         values = (statistics(found) if found else {}) | confidence(table.rows)
         summary = {
             "environment": table.environment,

@@ -18,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bench.report import ROOT, goal_table
+from bench.report import ROOT, goal_table, publish_block, worst
 from core.run_spec import DatasetPolicy, LoraSpec
 from core.settings import DataLimits
 from core.spec import DivergenceName, ObjectiveSpec, PenaltyTerm
@@ -150,19 +150,6 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def goal(model: str, found: dict[str, Any]) -> dict[str, Any]:
-    values = ratios(found)
-    worst = max(values, key=values.__getitem__)
-    return {
-        "name": f"training step with a penalty / plain DPO, {model}",
-        "target": f"<= {TARGET}",
-        "measured": round(values[worst], 3),
-        "met": values[worst] <= TARGET,
-        "worst_cell": worst,
-        "cells": len(values),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -175,7 +162,13 @@ def main() -> None:
             found[name] = measure(
                 folder, rounds=options.rounds, steps=options.steps, scratch=Path(scratch) / "data"
             )
-    goals = [goal(name, result) for name, result in found.items()]
+    goals = [
+        worst(
+            f"training step with a penalty / plain DPO, {name}", f"<= {TARGET}", ratios(result),
+            digits=4,
+        )
+        for name, result in found.items()
+    ]  # fmt: skip
     environment = {
         "torch": torch.__version__, "python": platform.python_version(),
         "threads": torch.get_num_threads(), "machine": platform.machine(),
@@ -190,11 +183,7 @@ def main() -> None:
             median = statistics.median(t for part in rounds for t in part)
             lines.append(f"| {model} | {name} | {1e3 * median:.0f} | {values.get(name, 1.0):.2f} |")
     table = "\n".join(lines)
-    page = PAGE.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the table's place")
-    block = "\n\n".join([BEGIN, goal_table(goals), table, END])
-    PAGE.write_text(page.split(BEGIN)[0] + block + page.split(END)[1], encoding="utf-8")
+    publish_block(PAGE, "\n\n".join([BEGIN, goal_table(goals), table, END]))
     print(table)
     print(goal_table(goals))
     print(json.dumps({"goals": goals}))

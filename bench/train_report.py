@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import ROOT, goal_table
+from bench.report import ROOT, goal_table, publish_block, worst
 from bench.train_job import TRIAL_STEPS, TRIALS
 
 CELLS = ROOT / "bench" / "results" / "train-cells.jsonl"
@@ -142,21 +142,8 @@ def _studies(rows: list[Row]) -> dict[Key, Study]:
     return {key: Study(setups[key], trials) for key, trials in _trials(rows).items()}
 
 
-def _goal(name: str, target: str, values: dict[Key, float]) -> Row:
-    """A goal over all cells: its worst one must meet the target, `>= x` or `<= x`."""
-    sign, number = target.split()
-    if not values:
-        return {"name": name, "target": target, "measured": None, "met": False}
-    worst = (min if sign == ">=" else max)(values, key=values.__getitem__)
-    value = values[worst]
-    return {
-        "name": name,
-        "target": target,
-        "measured": float(f"{value:.3g}"),
-        "met": value >= float(number) if sign == ">=" else value <= float(number),
-        "worst_cell": "{} on {}".format(*worst),
-        "cells": len(values),
-    }
+def _told(key: Key) -> str:
+    return "{} on {}".format(*key)
 
 
 def goals(rows: list[Row]) -> list[Row]:
@@ -172,25 +159,26 @@ def goals(rows: list[Row]) -> list[Row]:
         return key[1] == "hh-harmless"
 
     return [
-        _goal(
+        worst(
             "pairs/s on hh-harmless, kdpo / TRL's defaults", ">= 3",
-            over(lambda s: s.times_faster("trl"), of_hh),
+            over(lambda s: s.times_faster("trl"), of_hh), told=_told,
         ),
-        _goal(
+        worst(
             "pairs/s on hh-harmless, kdpo / TRL with precomputed reference", ">= 2",
-            over(lambda s: s.times_faster("trl precomputed"), of_hh),
+            over(lambda s: s.times_faster("trl precomputed"), of_hh), told=_told,
         ),
-        _goal(
+        worst(
             f"{TRIALS} trials of {TRIAL_STEPS} steps, Optuna around TRL / kdpo", ">= 6",
             {key: study.times_faster() for key, study in studies.items() if study.whole},
+            told=_told,
         ),
-        _goal(
+        worst(
             "peak memory of training above the loaded model, kdpo / TRL's defaults", "<= 0.6",
-            over(lambda s: s.memory("kdpo") / s.memory("trl")),
+            over(lambda s: s.memory("kdpo") / s.memory("trl")), told=_told,
         ),
-        _goal(
+        worst(
             f"losses of the first {EQUAL_STEPS} steps, relative difference", "<= 0.0001",
-            over(lambda s: s.deviation()),
+            over(lambda s: s.deviation()), told=_told,
         ),
     ]  # fmt: skip
 
@@ -289,10 +277,7 @@ def report(table: Table, *, now: list[Row], publish: bool) -> None:
     block = _block(table)
     print(block)
     if publish and table.environment is not None:
-        page = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in page or END not in page:
-            raise RuntimeError(f"{PAGE} must hold the lines {BEGIN} and {END}, the table's place")
-        PAGE.write_text(page.split(BEGIN)[0] + block + page.split(END)[1], encoding="utf-8")
+        publish_block(PAGE, block)
         SUMMARY.write_text(
             json.dumps({"environment": table.environment, "goals": found}, indent=1) + "\n",
             encoding="utf-8",
