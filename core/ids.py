@@ -18,6 +18,7 @@ class IdPrefix(StrEnum):
     JOB = "job_"
     STUDY = "study_"
     TRIAL = "trial_"
+    TASK = "task_"
     CHECKPOINT = "ckpt_"
     EVENT = "evt_"
     REQUEST = "req_"

@@ -48,6 +48,7 @@ class JobKind(StrEnum):
     RECOMMENDATION = "recommendation"
     TRAINING = "training"
     EXPORT = "export"
+    SEARCH = "search"  # helps the search of another job
 
 
 class Phase(StrEnum):
@@ -109,6 +110,14 @@ class TrialStatus(StrEnum):
     FAIL = "fail"
 
 
+class TaskStatus(StrEnum):
+    """States of a task of a search: a trial on its way from one rung to the next."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
 class EndedBy(StrEnum):
     """Why a trial ended other than by reaching its budget of steps."""
 
@@ -144,5 +153,7 @@ class EventType(StrEnum):
     TRIAL_STARTED = "trial.started"
     TRIAL_COMPLETED = "trial.completed"
     TRIAL_FAILED = "trial.failed"
+    TRIAL_PRUNED = "trial.pruned"
+    STUDY_QUOTED = "study.quoted"
     RECOMMENDATION_UPDATED = "recommendation.updated"
     DONE = "done"

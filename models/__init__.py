@@ -8,10 +8,13 @@ from models.experiment import (
     RecommendationRow,
     ResumePoint,
     StudyRow,
+    TaskRow,
     TrialRow,
 )
+from models.file import StoredFileRow, UploadPart, UploadSession
 from models.job import Event, Job, JobAttempt, JobStep, Outbox, Worker
 from models.owner import ApiKey, Owner
+from models.webhook import Webhook, WebhookDelivery
 
 __all__ = [
     "ApiKey",
@@ -27,7 +30,13 @@ __all__ = [
     "Owner",
     "RecommendationRow",
     "ResumePoint",
+    "StoredFileRow",
     "StudyRow",
+    "TaskRow",
     "TrialRow",
+    "UploadPart",
+    "UploadSession",
+    "Webhook",
+    "WebhookDelivery",
     "Worker",
 ]

@@ -57,6 +57,7 @@ class Job(Identified, Owned, Base):
     attention: Mapped[list[str]] = mapped_column(Json, insert_default=list)
     spec: Mapped[dict[str, Any]] = mapped_column(Json)
     dataset_id: Mapped[str | None] = mapped_column(String(48))
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"), index=True)
     model: Mapped[str | None] = mapped_column(String(512))
     seed: Mapped[int] = mapped_column(Integer, insert_default=0)
     labels: Mapped[dict[str, str]] = mapped_column("metadata", Json, insert_default=dict)

@@ -23,6 +23,7 @@ ID_OF_KIND = {
     JobKind.RECOMMENDATION: IdPrefix.RECOMMENDATION,
     JobKind.TRAINING: IdPrefix.FINE_TUNING_JOB,
     JobKind.EXPORT: IdPrefix.JOB,
+    JobKind.SEARCH: IdPrefix.JOB,
 }
 
 
