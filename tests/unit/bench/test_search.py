@@ -205,7 +205,8 @@ def test_the_settings_of_the_table_are_in_the_search_space() -> None:
     for objective in search_table.objectives().values():
         centre = CandidateSpec(objective=objective, learning_rate=1e-3)
         for setting in SETTINGS:
-            space.params_of(candidate_at(centre, setting))
+            candidate = candidate_at(centre, setting)
+            assert space.candidate_of(space.params_of(candidate)) == candidate
 
 
 # -------------------------------------------------------------------- report
