@@ -113,6 +113,10 @@ def status_of(category: Category) -> int:
             return 404
         case Category.CONFLICT:
             return 409
+        case Category.CHANGED:
+            return 412
+        case Category.TOO_MANY:
+            return 429
         case Category.TOO_LARGE:
             return 413
         case Category.UNSUPPORTED_MEDIA:
@@ -326,7 +330,7 @@ def _standing_headers(status: int) -> dict[str, str]:
         case 409:
             # OpenAI's client would send the same request three times.
             return {"x-should-retry": "false"}
-        case 503:
+        case 429 | 503:
             return {"Retry-After": str(RETRY_AFTER_S)}
         case _:
             return {}

@@ -60,6 +60,7 @@ EXPLANATIONS = {
     "option_ignored": "An option has no meaning for the layout of the file and would be ignored. "
     "Drop it.",
     "overloaded": "The server computes as many analyses as it does at once. Ask again shortly.",
+    "precondition_failed": "The object has changed since the version that `If-Match` names.",
     "range_not_satisfiable": "The range begins behind the end of the file.",
     "recommendation_not_ready": "The recommendation has no final answer yet, or ended without one.",
     "source_address_blocked": "The host of the source has an address that this server may not "
@@ -78,6 +79,8 @@ EXPLANATIONS = {
     "too_large": "The request is larger than this server takes.",
     "too_many_comparisons": "One prompt has so many answers that comparing all of them is "
     "refused; choose another `pairing`.",
+    "too_many_streams": "The API key has as many event streams open as it may. Close one.",
+    "too_many_requests": "The caller has as much of something at once as it may. Try again later.",
     "too_many_members": "The archive holds more files than this server takes.",
     "too_many_rows": "The file has more rows than this server takes.",
     "truncated_gzip": "The gzip stream was cut off. Upload the whole file again.",

@@ -19,6 +19,8 @@ class Category(StrEnum):
     NOT_PERMITTED = "not_permitted"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    CHANGED = "changed"
+    TOO_MANY = "too_many"
     TOO_LARGE = "too_large"
     UNSUPPORTED_MEDIA = "unsupported_media"
     UNAVAILABLE = "unavailable"
@@ -124,6 +126,21 @@ class Conflict(KdpoError):
 
     category = Category.CONFLICT
     default_code = "conflict"
+
+
+class Changed(KdpoError):
+    """The object is not in the version that the request was made for."""
+
+    category = Category.CHANGED
+    default_code = "precondition_failed"
+
+
+class TooManyRequests(KdpoError):
+    """The caller has as much of something as it may have at once; later there is room again."""
+
+    category = Category.TOO_MANY
+    default_code = "too_many_requests"
+    default_retryable = True
 
 
 class TooLarge(KdpoError):

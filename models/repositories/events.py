@@ -1,15 +1,32 @@
 """Events: appended under the job's row lock, so that `seq` has no gaps and no doubles."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.errors import NotFound
 from core.ids import IdPrefix, new_id
-from core.lifecycle import EventType
+from core.lifecycle import EventType, JobStatus, Phase
 from models.job import Event, Job
 from models.types import db_now
+
+# SQLite nests the terms of an OR and allows some thousand parameters.
+_JOBS_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a follower of a job looks at to see whether anything has happened."""
+
+    event_seq: int
+    version: int
+    status: JobStatus
+    phase: Phase | None
+    progress: dict[str, Any] | None
 
 
 def append_event(
@@ -81,3 +98,34 @@ def seq_of(session: Session, job_id: str, event_id: str) -> int:
     if seq is None:
         raise NotFound(f"job {job_id} has no event {event_id!r}", param="after")
     return seq
+
+
+def pulses(session: Session, job_ids: Collection[str]) -> dict[str, Pulse]:
+    """Return the pulses of those of the jobs that exist."""
+    found: dict[str, Pulse] = {}
+    rest = iter(job_ids)
+    while some := list(islice(rest, _JOBS_AT_ONCE)):
+        statement = select(
+            Job.id, Job.event_seq, Job.version, Job.status, Job.phase, Job.progress
+        ).where(Job.id.in_(some))
+        found |= {row[0]: Pulse(*row[1:]) for row in session.execute(statement).tuples()}
+    return found
+
+
+def new_events(session: Session, cursors: Mapping[str, int], *, limit: int) -> list[Event]:
+    """Return the events of many jobs, each job's after its cursor, oldest first.
+
+    At most `limit` events per query come back; a job whose events are cut off has a gapless
+    beginning of them.
+    """
+    found: list[Event] = []
+    rest = iter(cursors.items())
+    while some := list(islice(rest, _JOBS_AT_ONCE)):
+        statement = (
+            select(Event)
+            .where(or_(*(and_(Event.job_id == job, Event.seq > seq) for job, seq in some)))
+            .order_by(Event.seq)
+            .limit(limit)
+        )
+        found += session.execute(statement).scalars()
+    return found

@@ -1,0 +1,185 @@
+"""Who follows which job: one poller per process serves all open event streams and long polls.
+
+An idle follower holds neither a thread nor a database connection: it waits for a flag of the event
+loop. The poller asks for all followed jobs at once, in a thread of its own.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import anyio
+from anyio.abc import CapacityLimiter
+
+from core.errors import KdpoError, TooManyRequests, Unavailable
+from models.job import Event
+from models.repositories.events import Pulse, new_events, pulses
+from models.session import Database
+
+_log = logging.getLogger("kdpo.streams")
+
+_EVENTS_AT_ONCE = 1000
+_RETRY_S = 2.0
+
+
+@dataclass(eq=False)
+class Follower:
+    """One reader of one job: `seq` is the last event that it has, `version` the last one it saw."""
+
+    job_id: str
+    seq: int
+    version: int
+    pulse: Pulse | None = None
+    events: list[Event] = field(default_factory=list)
+    closed: bool = False
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait(self, seconds: float) -> bool:
+        """Return whether there is something new within the time, or the end of following."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        self._news.clear()
+        return True
+
+    def take(self) -> list[Event]:
+        """Return the events that have come, oldest first, once."""
+        taken, self.events = self.events, []
+        return taken
+
+    def tell(self, pulse: Pulse, events: list[Event]) -> None:
+        """Hand over what a poll has found for the job."""
+        self.pulse = pulse
+        self.events += [event for event in events if event.seq > self.seq]
+        if self.events:
+            self.seq = self.events[-1].seq
+        if self.events or pulse.version != self.version:
+            self._news.set()
+
+    def close(self) -> None:
+        """End the following: the server stops, or the job is gone."""
+        self.closed = True
+        self._news.set()
+
+
+class Followers:
+    """All followers of this process and the task that feeds them; lives in one event loop."""
+
+    def __init__(self, database: Database, *, period_s: float, max_streams: int) -> None:
+        self._database = database
+        self._period_s = period_s
+        self._max_streams = max_streams
+        self._followers: set[Follower] = set()
+        self._streams: Counter[str] = Counter()
+        self._closed = False
+        self._task: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to poll; call it inside the event loop."""
+        self._task = asyncio.create_task(self._run(), name="followers")
+
+    def close(self) -> None:
+        """End all following, so that open responses end cleanly; no new one begins."""
+        self._closed = True
+        for follower in self._followers:
+            follower.close()
+
+    async def stop(self) -> None:
+        """Close, and end the poller."""
+        self.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def check_room(self, key: str) -> None:
+        """Make sure that a key may open one more stream.
+
+        Raises:
+            TooManyRequests: it has as many open as it may.
+            Unavailable: the server is stopping.
+        """
+        if self._closed:
+            raise Unavailable("the server is stopping; connect again shortly")
+        if self._streams[key] >= self._max_streams:
+            raise TooManyRequests(
+                f"this API key has {self._streams[key]} event streams open, which is the limit",
+                code="too_many_streams",
+                hint="close one, or poll the same path without `stream`",
+            )
+
+    @contextmanager
+    def stream(self, key: str, job_id: str, *, seq: int, version: int) -> Iterator[Follower]:
+        """Follow a job with a stream that counts for its key."""
+        self._streams[key] += 1
+        try:
+            with self.follow(job_id, seq=seq, version=version) as follower:
+                yield follower
+        finally:
+            self._streams[key] -= 1
+            if not self._streams[key]:
+                del self._streams[key]
+
+    @contextmanager
+    def follow(self, job_id: str, *, seq: int, version: int) -> Iterator[Follower]:
+        """Follow a job from an event and a version on."""
+        follower = Follower(job_id, seq, version)
+        if self._closed:
+            follower.close()
+        self._followers.add(follower)
+        self._wanted.set()
+        try:
+            yield follower
+        finally:
+            self._followers.discard(follower)
+
+    async def _run(self) -> None:
+        limiter = CapacityLimiter(1)
+        while True:
+            await self._wanted.wait()
+            if not self._followers:
+                self._wanted.clear()
+                continue
+            try:
+                await self._poll(limiter)
+            except KdpoError as error:
+                _log.warning("followers of jobs wait: %s", error.message)
+                await asyncio.sleep(_RETRY_S)
+            except Exception:
+                # It must outlive whatever a poll meets; the next one starts from the same cursors.
+                _log.exception("a poll for followers of jobs failed and goes on")
+                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(self._period_s)
+
+    async def _poll(self, limiter: CapacityLimiter) -> None:
+        cursors: dict[str, int] = {}
+        # Who joins while the database is read may lack events that nobody else does.
+        asked = list(self._followers)
+        for follower in asked:
+            seq = follower.seq
+            cursors[follower.job_id] = min(cursors.get(follower.job_id, seq), seq)
+        found, events = await anyio.to_thread.run_sync(self._read, cursors, limiter=limiter)
+        for follower in asked:
+            pulse = found.get(follower.job_id)
+            if pulse is None:
+                follower.close()
+            elif not follower.events:  # a slow reader gets more when it has taken what it has
+                follower.tell(pulse, events.get(follower.job_id, []))
+
+    def _read(self, cursors: Mapping[str, int]) -> tuple[dict[str, Pulse], dict[str, list[Event]]]:
+        with self._database.reading() as session:
+            found = pulses(session, cursors)
+            behind = {
+                job: seq
+                for job, seq in cursors.items()
+                if job in found and found[job].event_seq > seq
+            }
+            events: dict[str, list[Event]] = {}
+            for event in new_events(session, behind, limit=_EVENTS_AT_ONCE):
+                events.setdefault(event.job_id, []).append(event)
+        return found, events
