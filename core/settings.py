@@ -188,6 +188,51 @@ class TrainingSettings(_Group):
         return values
 
 
+class FileSettings(_Group):
+    """Files, and uploads that come in parts."""
+
+    max_part_bytes: int = Field(default=64 * MIB, gt=0)
+    upload_expires_s: float = Field(default=86_400.0, ge=60, description="of unfinished uploads")
+
+
+class DownloadSettings(_Group):
+    """Signed links; without a secret one is made in the data folder."""
+
+    secret: SecretStr | None = None
+    max_link_s: int = Field(default=7 * 86_400, ge=1)
+    checkpoint_days: float | None = Field(
+        default=None, ge=3, description="until checkpoints that are neither best, last nor pinned "
+        "expire; without it they stay",
+    )  # fmt: skip
+
+
+class WebhookSettings(_Group):
+    """Where webhooks may point to; without entries nowhere."""
+
+    hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="host, *.host, host:port, host=network; see core/hosts.py"
+    )
+    allow_http: bool = Field(default=False, description="plain http to the hosts that are listed")
+    ca_file: Path | None = Field(default=None, description="more certificate authorities, PEM")
+    timeout_s: float = Field(default=10.0, gt=0, le=60, description="of one delivery")
+    max_per_owner: int = Field(default=20, ge=1)
+    keep_days: float = Field(default=30.0, gt=0, description="of the log of deliveries")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("hosts"), str):
+            parts = (part.strip() for part in values["hosts"].split(","))
+            values = {**values, "hosts": tuple(part for part in parts if part)}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for text in self.hosts:
+            parse_host_rule(text)
+        return self
+
+
 class AuthSettings(_Group):
     """Bearer keys; switching them off is refused beyond loopback."""
 
@@ -214,6 +259,9 @@ class Settings(BaseSettings):
     sources: SourceSettings = SourceSettings()
     worker: WorkerSettings = WorkerSettings()
     training: TrainingSettings = TrainingSettings()
+    files: FileSettings = FileSettings()
+    downloads: DownloadSettings = DownloadSettings()
+    webhooks: WebhookSettings = WebhookSettings()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -286,6 +334,16 @@ class Settings(BaseSettings):
     def upload_dir(self) -> Path:
         """Folder of uploads that are not validated yet."""
         return self.root / "uploads"
+
+    @property
+    def file_dir(self) -> Path:
+        """Folder of files of `/v1/files`, each under its id."""
+        return self.root / "files"
+
+    @property
+    def part_dir(self) -> Path:
+        """Folder of uploads that come in parts, a folder for each."""
+        return self.file_dir / "parts"
 
     @property
     def model_dirs(self) -> tuple[Path, ...]:

@@ -7,6 +7,7 @@ Revises: 20261125_replays
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import SchemaItem
 
 revision = "20261125_webhooks"
 down_revision = "20261125_replays"
@@ -42,7 +43,7 @@ def downgrade() -> None:
         op.drop_table(table)
 
 
-def _identified(table: str) -> list[sa.SchemaItem]:
+def _identified(table: str) -> list[SchemaItem]:
     return [
         sa.Column("id", sa.String(length=48), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
@@ -50,10 +51,12 @@ def _identified(table: str) -> list[sa.SchemaItem]:
     ]
 
 
-def _owned(table: str) -> list[sa.SchemaItem]:
+def _owned(table: str) -> list[SchemaItem]:
     return [
         sa.Column("owner_id", sa.String(length=48), nullable=False),
-        sa.ForeignKeyConstraint(["owner_id"], ["owner.id"], name=op.f(f"fk_{table}_owner_id_owner")),
+        sa.ForeignKeyConstraint(
+            ["owner_id"], ["owner.id"], name=op.f(f"fk_{table}_owner_id_owner")
+        ),
     ]
 
 
@@ -102,7 +105,8 @@ def _uploads() -> None:
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.ForeignKeyConstraint(
-            ["upload_id"], ["upload_session.id"], name=op.f("fk_upload_part_upload_id_upload_session")
+            ["upload_id"], ["upload_session.id"],
+            name=op.f("fk_upload_part_upload_id_upload_session"),
         ),
         sa.UniqueConstraint("upload_id", "sha256", name=op.f("uq_upload_part_upload_id_sha256")),
         *_identified("upload_part"),
