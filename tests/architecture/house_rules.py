@@ -13,6 +13,7 @@ PRODUCT = tuple(p for p in PACKAGES if p != "migrations")
 
 MAX_SOURCE_LINES = 400
 MAX_TEST_LINES = 700
+MAX_FUNCTION_LINES = 70
 
 CELERY_FILES = frozenset(
     {"worker/celery_app.py", "worker/tasks.py", "worker/main.py", "app/queue.py"}
@@ -281,6 +282,21 @@ def short_enough(source: Source) -> Iterator[Violation]:
         yield Violation(source.path, limit, f"{lines} lines, at most {limit}; split it by subject")
 
 
+def short_functions(source: Source) -> Iterator[Violation]:
+    """A function fits on a screen, its signature and docstring included."""
+    if source.path.startswith("migrations/versions/"):
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield Violation(
+                    source.path,
+                    node.lineno,
+                    f"`{node.name}` has {lines} lines, at most {MAX_FUNCTION_LINES}; split it",
+                )
+
+
 def captioned(source: Source) -> Iterator[Violation]:
     """The first line of a file says what it holds."""
     if source.text.strip() and not ast.get_docstring(source.tree):
@@ -296,9 +312,10 @@ PRODUCT_RULES: tuple[Rule, ...] = (
     empty_init,
     no_swallowed_errors,
     short_enough,
+    short_functions,
     captioned,
 )
-EVERYWHERE: tuple[Rule, ...] = (no_swallowed_errors, short_enough)
+EVERYWHERE: tuple[Rule, ...] = (no_swallowed_errors, short_enough, short_functions)
 
 # ------------------------------------------------------------------ files
 

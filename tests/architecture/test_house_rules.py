@@ -82,6 +82,14 @@ def test_long_file_is_caught() -> None:
     assert violations(rules.short_enough, "tests/x.py", "x = 1\n" * 701) == [700]
 
 
+@pytest.mark.parametrize("begin", ["def f():", "async def f():", "class A:\n  def f(self):"])
+def test_long_function_is_caught(begin: str) -> None:
+    line = begin.count("\n") + 1
+    assert violations(rules.short_functions, "app/x.py", begin + "\n    x = 1" * 70) == [line]
+    assert violations(rules.short_functions, "app/x.py", begin + "\n    x = 1" * 69) == []
+    assert violations(rules.short_functions, "tests/x.py", begin + "\n    x = 1" * 70) == [line]
+
+
 @pytest.mark.parametrize(("text", "lines"), [("x = 1\n", [1]), ('"""A."""\nx = 1', []), ("", [])])
 def test_file_without_a_caption_is_caught(text: str, lines: list[int]) -> None:
     assert violations(rules.captioned, "app/x.py", text) == lines
@@ -110,5 +118,6 @@ def test_good_code_is_left_alone(rule: Rule, path: str, text: str) -> None:
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    planted = {rule for rule, _, _ in FAULTS} | {rules.short_enough, rules.captioned}
+    own_tests = {rules.short_enough, rules.short_functions, rules.captioned}
+    planted = {rule for rule, _, _ in FAULTS} | own_tests
     assert planted == set(rules.PRODUCT_RULES)

@@ -87,6 +87,14 @@ def check_search(client: httpx.Client, result: dict[str, Any], file: Path) -> No
     assert study.best_value == min(t["log_loss"] for t in pareto["data"] if t["feasible"])
 
 
+def check_files(folder: Path, hashes: dict[str, str]) -> None:
+    """A downloaded checkpoint is what its manifest says, and nothing in it is a pickle."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = {f["path"]: f["sha256"] for f in manifest["files"]}
+    assert listed.items() <= hashes.items()
+    assert not [p for p in hashes if p.endswith((".bin", ".pt", ".pkl"))]
+
+
 def test_from_file_to_checkpoint(service: Service, small_dataset: Path, tmp_path: Path) -> None:
     with service, service.client() as client:
         dataset = upload(client, small_dataset)
@@ -134,11 +142,7 @@ def test_from_file_to_checkpoint(service: Service, small_dataset: Path, tmp_path
         labels = {"final", "baseline"} if own_baseline else {"final"}
         assert {c["label"] for c in checkpoints} == labels
         final = next(c for c in checkpoints if c["label"] == "final")
-        hashes = download(client, final["id"], tmp_path / "adapter")
-        manifest = json.loads((tmp_path / "adapter/manifest.json").read_text())
-        listed = {f["path"]: f["sha256"] for f in manifest["files"]}
-        assert listed.items() <= hashes.items()
-        assert not [p for p in hashes if p.endswith((".bin", ".pt", ".pkl"))]
+        check_files(tmp_path / "adapter", download(client, final["id"], tmp_path / "adapter"))
 
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
         base = AutoModelForCausalLM.from_pretrained(

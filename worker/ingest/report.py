@@ -51,21 +51,7 @@ def build_report(
         },
         "mapping": {} if tally.choice is None else tally.choice.mapping(),
         "ignored_fields": {name[:100]: count for name, count in tally.ignored.most_common()},
-        "counts": {
-            "rows": tally.rows,
-            "converted": tally.converted,
-            "rejected": tally.rejected,
-            "without_pair": tally.rows - tally.rejected - tally.converted,
-            "ties_dropped": tally.left_out.ties,
-            "below_margin": tally.left_out.below_margin,
-            "identical_answers": tally.left_out.identical,
-            "unpaired": tally.unpaired,
-            "over_limit": tally.over_limit,
-            "duplicates": tally.duplicates.count,
-            "pairs": tally.pairs,
-            "prompts": tally.prompts,
-            **{split.value: tally.split_pairs[split] for split in Split},
-        },
+        "counts": _counts(tally),
         "split": {
             "by": "prompt",
             "seed": policy.split.seed,
@@ -96,6 +82,25 @@ def build_report(
             }
             for row in tally.preview
         ],
+    }
+
+
+def _counts(tally: Tally) -> dict[str, int]:
+    """Return what became of the rows, and the pairs by split."""
+    return {
+        "rows": tally.rows,
+        "converted": tally.converted,
+        "rejected": tally.rejected,
+        "without_pair": tally.rows - tally.rejected - tally.converted,
+        "ties_dropped": tally.left_out.ties,
+        "below_margin": tally.left_out.below_margin,
+        "identical_answers": tally.left_out.identical,
+        "unpaired": tally.unpaired,
+        "over_limit": tally.over_limit,
+        "duplicates": tally.duplicates.count,
+        "pairs": tally.pairs,
+        "prompts": tally.prompts,
+        **{split.value: tally.split_pairs[split] for split in Split},
     }
 
 
