@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
-from sqlalchemy import JSON
+from sqlalchemy import JSON, UnaryExpression
 
 import models
 from models.session import make_engine
@@ -19,6 +19,12 @@ def render_plain(kind: str, item: Any, autogen: AutogenContext) -> str | Literal
         autogen.imports.add("from sqlalchemy.dialects import postgresql")
         return 'sa.JSON().with_variant(postgresql.JSONB(), "postgresql")'
     return False
+
+
+def is_compared(item: Any, _name: Any, kind: str, reflected: bool, other: Any) -> bool:
+    """SQLite does not tell which way a column of an index runs; such an index only has to be."""
+    has_directions = kind == "index" and any(isinstance(e, UnaryExpression) for e in item.expressions)
+    return not (is_sqlite and has_directions and not reflected and other is not None)
 
 
 url: str | None = context.config.attributes.get("database_url")
@@ -39,6 +45,7 @@ with engine.connect() as connection:
         version_table="kdpo_schema_version",
         compare_type=True,
         render_item=render_plain,
+        include_object=is_compared,
         transactional_ddl=True,
     )
     with context.begin_transaction():

@@ -1,5 +1,6 @@
 """SQL tables (not neural networks); importing the package knows them all, as Alembic needs."""
 
+from models.audit import AuditEntry
 from models.base import Base
 from models.dataset import Dataset
 from models.experiment import (
@@ -14,20 +15,25 @@ from models.experiment import (
 from models.file import StoredFileRow, UploadPart, UploadSession
 from models.job import Event, Job, JobAttempt, JobStep, Outbox, Worker
 from models.owner import ApiKey, Owner
+from models.quota import GpuUsage, QueueTurn, Quota
 from models.webhook import Webhook, WebhookDelivery
 
 __all__ = [
     "ApiKey",
+    "AuditEntry",
     "Base",
     "Checkpoint",
     "Dataset",
     "Event",
+    "GpuUsage",
     "Job",
     "JobAttempt",
     "JobStep",
     "MetricPoint",
     "Outbox",
     "Owner",
+    "QueueTurn",
+    "Quota",
     "RecommendationRow",
     "ResumePoint",
     "StoredFileRow",

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Integer,
     String,
     UniqueConstraint,
+    desc,
     text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
@@ -34,8 +35,9 @@ class Job(Identified, Owned, Base):
         Index(
             "ix_job_claim",
             "queue",
-            "priority",
-            "run_after",
+            "owner_id",
+            desc("priority"),
+            "created_at",
             "id",
             postgresql_where=text("status = 'queued'"),
             sqlite_where=text("status = 'queued'"),
@@ -43,6 +45,12 @@ class Job(Identified, Owned, Base):
         Index(
             "ix_job_lease",
             "lease_until",
+            postgresql_where=text("status = 'running'"),
+            sqlite_where=text("status = 'running'"),
+        ),
+        Index(
+            "ix_job_running",
+            "owner_id",
             postgresql_where=text("status = 'running'"),
             sqlite_where=text("status = 'running'"),
         ),
@@ -82,6 +90,7 @@ class Job(Identified, Owned, Base):
 
 class JobAttempt(Base):
     __tablename__ = "job_attempt"
+    __table_args__ = (Index("ix_job_attempt_worker", "worker_id", "ended_at"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -146,3 +155,4 @@ class Worker(Identified, Base):
     queues: Mapped[list[str]] = mapped_column(Json)
     seen_at: Mapped[float] = mapped_column(Epoch, index=True)
     draining: Mapped[bool] = mapped_column(insert_default=False)
+    drain_requested_at: Mapped[float | None] = mapped_column(Epoch)

@@ -1,6 +1,6 @@
 """Owners and their API keys."""
 
-from sqlalchemy import String
+from sqlalchemy import Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, Identified, Owned
@@ -25,3 +25,4 @@ class ApiKey(Identified, Owned, Base):
     expires_at: Mapped[float | None] = mapped_column(Epoch)
     last_used_at: Mapped[float | None] = mapped_column(Epoch)
     revoked_at: Mapped[float | None] = mapped_column(Epoch)
+    requests_per_minute: Mapped[int | None] = mapped_column(Integer)
