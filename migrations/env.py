@@ -23,7 +23,9 @@ def render_plain(kind: str, item: Any, autogen: AutogenContext) -> str | Literal
 
 def is_compared(item: Any, _name: Any, kind: str, reflected: bool, other: Any) -> bool:
     """SQLite does not tell which way a column of an index runs; such an index only has to be."""
-    has_directions = kind == "index" and any(isinstance(e, UnaryExpression) for e in item.expressions)
+    has_directions = kind == "index" and any(
+        isinstance(part, UnaryExpression) for part in item.expressions
+    )
     return not (is_sqlite and has_directions and not reflected and other is not None)
 
 

@@ -1,11 +1,14 @@
 """Everything that differs between SQLite and Postgres; no other file asks for the dialect."""
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import JSON, Dialect, Double, String
+from sqlalchemy import JSON, Dialect, Double, Executable, String
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
@@ -49,3 +52,24 @@ class EnumText(TypeDecorator[E], Generic[E]):
 
     def process_result_value(self, value: Any, dialect: Dialect) -> E | None:
         return None if value is None else self.enum(value)
+
+
+def upsert(
+    session: Session,
+    table: type[DeclarativeBase],
+    values: Mapping[str, Any],
+    *,
+    key: Sequence[str],
+    added: Sequence[str] = (),
+) -> Executable:
+    """Return the insert of a row that changes the one of the same key, if there is one.
+
+    It takes over the values, and adds to those columns that `added` names.
+    """
+    is_postgres = session.get_bind().dialect.name == "postgresql"
+    statement = (postgresql.insert if is_postgres else sqlite.insert)(table).values(**values)
+    new = statement.excluded
+    changes: dict[str, Any] = {name: new[name] for name in values if name not in key}
+    columns = table.__table__.c
+    changes |= {name: columns[name] + new[name] for name in added}
+    return statement.on_conflict_do_update(index_elements=list(key), set_=changes)
