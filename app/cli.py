@@ -25,6 +25,7 @@ from app.deps import DEFAULT_OWNER
 from app.embedded import Supervisor, worker_command, worker_commands
 from app.keys import Scope, make_key
 from app.main import create_app
+from app.server import Server
 from core.errors import InvalidInput, KdpoError, NotFound, Unavailable
 from core.logs import configure_logging
 from core.queue import QueueName
@@ -293,14 +294,15 @@ def _listener(settings: Settings) -> Iterator[socket.socket]:
 
 def _run(settings: Settings, listener: socket.socket) -> None:
     configure_logging(settings.log_level)
+    api = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        api,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACEFUL_S,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(api, config).run(sockets=[listener])
 
 
 @contextmanager

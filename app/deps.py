@@ -32,9 +32,10 @@ _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,6})\"?\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks, and what they may do."""
+    """Who asks, with which key, and what they may do; without keys the owner stands for it."""
 
     owner_id: str
+    key_id: str
     scopes: frozenset[str]
 
     def may(self, scope: Scope) -> bool:
@@ -89,7 +90,8 @@ def authenticate(
         Unauthenticated: there is no key, or it is unknown, revoked or expired.
     """
     if not settings.auth.required:
-        return Caller(request.app.state.default_owner_id, frozenset({Scope.ADMIN}))
+        owner_id: str = request.app.state.default_owner_id
+        return Caller(owner_id, owner_id, frozenset({Scope.ADMIN}))
     if credentials is None:
         raise Unauthenticated(
             "no API key: expected the header `Authorization: Bearer dk-…`",
@@ -105,7 +107,7 @@ def authenticate(
     if key.last_used_at is None or key.last_used_at < time.time() - TOUCH_EVERY_S:
         with database.transaction() as session:
             OwnerRepository(session).touch_key(key.id, older_than_s=TOUCH_EVERY_S)
-    return Caller(key.owner_id, frozenset(key.scopes))
+    return Caller(key.owner_id, key.id, frozenset(key.scopes))
 
 
 def requires(scope: Scope) -> Callable[[Request, Caller], Caller]:

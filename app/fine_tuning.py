@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
+from app.conditional import CONDITIONAL_RESPONSES, JobAnswers
 from app.deps import (
     ID_PATTERN,
     TEXT_PATTERN,
@@ -18,19 +19,16 @@ from app.deps import (
     ReadsJobs,
     WritesJobs,
 )
+from app.events import EVENT_RESPONSES, Events
 from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
 from app.jobs import (
-    EventCursor,
-    EventLimit,
-    EventOrder,
     JobId,
     NoOptions,
     Scope,
-    read_events,
     read_metrics,
 )
 from app.queue import CeleryQueue, relay_now
-from app.responses import ListOf, conditional
+from app.responses import ListOf
 from core.hub import resolve
 from core.lifecycle import JobKind, JobStatus
 from core.methods import AutoMethod, KernelDpoMethod, Method
@@ -190,15 +188,15 @@ def list_fine_tuning_jobs(
     return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 
-@router.get("/{job_id}", operation_id="get_fine_tuning_job", response_model=FineTuningJob)
-def get_fine_tuning_job(
-    request: Request, caller: ReadsJobs, database: Db, job_id: JobId
-) -> Response:
-    """Return one fine-tuning job; its ETag makes polling cheap."""
-    with database.reading() as session:
-        job = JobRepository(session).get(caller.owner_id, job_id, kind=JobKind.TRAINING)
-        view = fine_tuning_job(session, job)
-    return conditional(request, view)
+@router.get(
+    "/{job_id}",
+    operation_id="get_fine_tuning_job",
+    response_model=FineTuningJob,
+    responses=CONDITIONAL_RESPONSES,
+)
+async def get_fine_tuning_job(caller: ReadsJobs, answers: JobAnswers, job_id: JobId) -> Response:
+    """Return one fine-tuning job, with `wait` as soon as it has changed."""
+    return await answers.answer(caller, job_id, fine_tuning_job, kind=JobKind.TRAINING)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
@@ -228,21 +226,17 @@ def resume_fine_tuning_job(
     return view
 
 
-@router.get("/{job_id}/events", operation_id="list_fine_tuning_events")
+@router.get(
+    "/{job_id}/events",
+    operation_id="list_fine_tuning_events",
+    response_model=ListOf[EventView],
+    responses=EVENT_RESPONSES,
+)
 def list_fine_tuning_events(
-    caller: ReadsJobs,
-    database: Db,
-    job_id: JobId,
-    lists: Lists,
-    limit: EventLimit = 20,
-    after: EventCursor = None,
-    order: EventOrder = "desc",
-) -> ListOf[EventView]:
-    """List events of a job, newest first unless `order=asc`."""
-    return read_events(
-        lists, database, caller.owner_id, job_id, limit=limit, after=after, order=order,
-        kind=JobKind.TRAINING,
-    )  # fmt: skip
+    caller: ReadsJobs, events: Events, job_id: JobId
+) -> Response | ListOf[EventView]:
+    """List events of a job, newest first unless `order=asc`, or follow the job in a stream."""
+    return events.answer(caller, job_id, fine_tuning_job, kind=JobKind.TRAINING)
 
 
 @router.get("/{job_id}/checkpoints", operation_id="list_fine_tuning_checkpoints")

@@ -1,36 +1,32 @@
 """One view over all kinds of jobs: list, get, events, metrics, cancel, resume."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
-from sqlalchemy.orm import Session
+from fastapi import APIRouter, Path, Query, Response
 
+from app.conditional import CONDITIONAL_RESPONSES, JobAnswers
 from app.deps import (
     ID_PATTERN,
     TEXT_PATTERN,
     Db,
-    Lister,
     Lists,
     PageOf,
     Queue,
     ReadsJobs,
     WritesJobs,
 )
+from app.events import EVENT_RESPONSES, Events
 from app.job_views import (
     AnyJob,
     EventView,
     MetricsView,
     any_job,
-    event_view,
     metrics_view,
 )
 from app.queue import relay_now
-from app.responses import ListOf, conditional
-from core.errors import InvalidInput
-from core.ids import IdPrefix
+from app.responses import ListOf
 from core.lifecycle import JobKind, JobStatus
 from core.spec import SpecModel
-from models.repositories.events import events_after, events_before, seq_of
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.session import Database
@@ -38,9 +34,6 @@ from models.session import Database
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(pattern=ID_PATTERN)]
-EventLimit = Annotated[int, Query(ge=1, le=100)]
-EventCursor = Annotated[str | None, Query(pattern=ID_PATTERN, description="a `seq` or an event id")]
-EventOrder = Annotated[Literal["asc", "desc"], Query(description="by `seq`")]
 Scope = Annotated[
     str,
     Query(
@@ -73,12 +66,12 @@ def list_jobs(
     return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 
-@router.get("/{job_id}", operation_id="get_job", response_model=AnyJob)
-def get_job(request: Request, caller: ReadsJobs, database: Db, job_id: JobId) -> Response:
-    """Return one job; its ETag makes polling cheap."""
-    with database.reading() as session:
-        view = any_job(session, JobRepository(session).get(caller.owner_id, job_id))
-    return conditional(request, view)
+@router.get(
+    "/{job_id}", operation_id="get_job", response_model=AnyJob, responses=CONDITIONAL_RESPONSES
+)
+async def get_job(caller: ReadsJobs, answers: JobAnswers, job_id: JobId) -> Response:
+    """Return one job, with `wait` as soon as it has changed; its ETag makes polling cheap."""
+    return await answers.answer(caller, job_id, any_job)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202)
@@ -105,20 +98,17 @@ def resume_job(
     return view
 
 
-@router.get("/{job_id}/events", operation_id="list_job_events")
+@router.get(
+    "/{job_id}/events",
+    operation_id="list_job_events",
+    response_model=ListOf[EventView],
+    responses=EVENT_RESPONSES,
+)
 def list_job_events(
-    caller: ReadsJobs,
-    database: Db,
-    job_id: JobId,
-    lists: Lists,
-    limit: EventLimit = 20,
-    after: EventCursor = None,
-    order: EventOrder = "desc",
-) -> ListOf[EventView]:
-    """List events of a job, newest first unless `order=asc`."""
-    return read_events(
-        lists, database, caller.owner_id, job_id, limit=limit, after=after, order=order
-    )
+    caller: ReadsJobs, events: Events, job_id: JobId
+) -> Response | ListOf[EventView]:
+    """List events of a job, newest first unless `order=asc`, or follow the job in a stream."""
+    return events.answer(caller, job_id, any_job)
 
 
 @router.get("/{job_id}/metrics", operation_id="get_job_metrics")
@@ -127,35 +117,6 @@ def get_job_metrics(
 ) -> MetricsView:
     """Return the metric series of one scope of a job."""
     return read_metrics(database, caller.owner_id, job_id, scope)
-
-
-def read_events(
-    lists: Lister,
-    database: Database,
-    owner_id: str,
-    job_id: str,
-    *,
-    limit: int,
-    after: str | None,
-    order: Literal["asc", "desc"],
-    kind: JobKind | None = None,
-) -> ListOf[EventView]:
-    """Return a page of a job's events.
-
-    Raises:
-        NotFound: no such job, or no such event.
-        InvalidInput: `after` is neither a number nor an event id.
-    """
-    with database.reading() as session:
-        JobRepository(session).get(owner_id, job_id, kind=kind)
-        seq = None if after is None else _seq(session, job_id, after)
-        match order:
-            case "asc":
-                rows = events_after(session, job_id, seq or 0, limit + 1)
-            case "desc":
-                rows = events_before(session, job_id, seq, limit + 1)
-        events = [event_view(event) for event in rows[:limit]]
-    return lists.page(events, [event.id for event in events], has_more=len(rows) > limit)
 
 
 def read_metrics(
@@ -170,13 +131,3 @@ def read_metrics(
         JobRepository(session).get(owner_id, job_id, kind=kind)
         points = ExperimentRepository(session).metrics(job_id, scope)
         return metrics_view(job_id, scope, points)
-
-
-def _seq(session: Session, job_id: str, cursor: str) -> int:
-    if cursor.isascii() and cursor.isdigit() and len(cursor) <= 18:
-        return int(cursor)
-    if cursor.startswith(IdPrefix.EVENT.value):
-        return seq_of(session, job_id, cursor)
-    raise InvalidInput(
-        f"`after` is {cursor!r}, expected the `seq` or the id of an event", param="after"
-    )

@@ -15,6 +15,7 @@ from app.deps import DEFAULT_OWNER
 from app.middleware import BodyLimit, RequestLog
 from app.openapi import PROBLEM_RESPONSES, KdpoApi
 from app.queue import CeleryQueue
+from app.streams import Followers
 from app.uploads import remove_stale_parts
 from core.settings import Settings
 from models.maintenance import Maintenance
@@ -37,15 +38,21 @@ def create_app(settings: Settings) -> FastAPI:
             args=(Maintenance(database, queue, settings), stop),
             name="maintenance",
         )
+        followers = Followers(
+            database, period_s=settings.api.stream_poll_s, max_streams=settings.api.max_streams
+        )
         try:
             app.state.database, app.state.queue = database, queue
+            app.state.followers = followers
             if not settings.auth.required:
                 app.state.default_owner_id = await run_in_threadpool(_default_owner, database)
             await run_in_threadpool(remove_stale_parts, settings.upload_dir)
             thread.start()
+            followers.start()
             yield
         finally:
             stop.set()
+            await followers.stop()
             if thread.ident is not None:
                 await run_in_threadpool(thread.join)
             queue.close()

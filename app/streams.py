@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import anyio
-from anyio.abc import CapacityLimiter
+from fastapi import Depends, Request
 
 from core.errors import KdpoError, TooManyRequests, Unavailable
 from models.job import Event
@@ -23,6 +24,7 @@ _log = logging.getLogger("kdpo.streams")
 
 _EVENTS_AT_ONCE = 1000
 _RETRY_S = 2.0
+_JOIN_S = 0.02
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ class Followers:
         self._streams: Counter[str] = Counter()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
-        self._wanted = asyncio.Event()
+        self._joined = asyncio.Event()
 
     def start(self) -> None:
         """Begin to poll; call it inside the event loop."""
@@ -132,19 +134,16 @@ class Followers:
         if self._closed:
             follower.close()
         self._followers.add(follower)
-        self._wanted.set()
+        self._joined.set()
         try:
             yield follower
         finally:
             self._followers.discard(follower)
 
     async def _run(self) -> None:
-        limiter = CapacityLimiter(1)
+        limiter = anyio.CapacityLimiter(1)
         while True:
-            await self._wanted.wait()
-            if not self._followers:
-                self._wanted.clear()
-                continue
+            await self._until_due()
             try:
                 await self._poll(limiter)
             except KdpoError as error:
@@ -154,9 +153,18 @@ class Followers:
                 # It must outlive whatever a poll meets; the next one starts from the same cursors.
                 _log.exception("a poll for followers of jobs failed and goes on")
                 await asyncio.sleep(_RETRY_S)
-            await asyncio.sleep(self._period_s)
 
-    async def _poll(self, limiter: CapacityLimiter) -> None:
+    async def _until_due(self) -> None:
+        """Wait for the next round; whoever joins is served at once."""
+        try:
+            async with asyncio.timeout(self._period_s if self._followers else None):
+                await self._joined.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(_JOIN_S)  # others may join at the same moment
+        self._joined.clear()
+
+    async def _poll(self, limiter: anyio.CapacityLimiter) -> None:
         cursors: dict[str, int] = {}
         # Who joins while the database is read may lack events that nobody else does.
         asked = list(self._followers)
@@ -183,3 +191,12 @@ class Followers:
             for event in new_events(session, behind, limit=_EVENTS_AT_ONCE):
                 events.setdefault(event.job_id, []).append(event)
         return found, events
+
+
+def get_followers(request: Request) -> Followers:
+    """Return the followers of this process."""
+    followers: Followers = request.app.state.followers
+    return followers
+
+
+Follows = Annotated[Followers, Depends(get_followers)]

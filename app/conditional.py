@@ -1,0 +1,176 @@
+"""Versions of jobs over HTTP: weak ETags, `If-None-Match`, `If-Match`, and waiting for a change."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Query, Request, Response
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app.deps import Caller, Config, Db
+from app.responses import etag_matches
+from app.streams import Followers, Follows
+from core.errors import Changed, InvalidInput
+from core.lifecycle import JobKind
+from models.job import Job
+from models.repositories.jobs import JobRepository
+from models.session import Database
+
+# A client that is gone is noticed within this time.
+_LOOK_S = 5.0
+_ETAG = re.compile(r'(?:W/)?"?(\d{1,18})(?:\.\d{1,18})?"?')
+
+CONDITIONAL_RESPONSES: dict[int | str, dict[str, Any]] = {
+    304: {"description": "The client has this version already"},
+}
+
+IfMatch = Annotated[
+    str | None,
+    Header(
+        max_length=1000,
+        description="ETags of the job (their version counts); refused with 412 when it has another",
+    ),
+]
+
+
+def job_etag(job: Job, *, ahead: int | None) -> str:
+    """Return the weak ETag: the version, and what changes without it while the job waits or runs.
+
+    That is the number of jobs ahead of a queued one, and the last heartbeat of a running one.
+    """
+    if ahead is not None:
+        return f'W/"{job.version}.{ahead}"'
+    if job.lease_until is not None:
+        return f'W/"{job.version}.{int(job.heartbeat_at or 0)}"'
+    return f'W/"{job.version}"'
+
+
+def check_if_match(header: str | None, job: Job) -> None:
+    """Refuse a request for another version of the job; `job` must be locked.
+
+    Raises:
+        Changed: the job has another version than `If-Match` names.
+    """
+    if header is None or header.strip() == "*":
+        return
+    named = [_ETAG.fullmatch(part.strip()) for part in header.split(",")]
+    if str(job.version) not in {match.group(1) for match in named if match is not None}:
+        raise Changed(
+            f"If-Match is {header!r} and job {job.id} has version {job.version}",
+            hint="read the job again, and decide by what it is now",
+        )
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long to wait for a version other than a known one, by default the present one."""
+
+    seconds: float
+    version: int | None
+
+
+def waiting(
+    settings: Config,
+    wait: Annotated[
+        float | None,
+        Query(ge=0, le=3600, description="seconds to wait for a change; cut to `api.wait_max_s`"),
+    ] = None,
+    if_version: Annotated[
+        int | None,
+        Query(ge=0, lt=2**63, description="with `wait`: the version that the client has"),
+    ] = None,
+) -> Waiting | None:
+    """Return what to wait for.
+
+    Raises:
+        InvalidInput: `if_version` would be ignored.
+    """
+    if wait is None:
+        if if_version is not None:
+            raise InvalidInput(
+                "if_version says what to wait for, and wait is not given: add e.g. wait=30",
+                param="if_version",
+            )
+        return None
+    return Waiting(min(wait, settings.api.wait_max_s), if_version)
+
+
+@dataclass(frozen=True)
+class JobReader:
+    """Answers a request for one job of the caller, perhaps after it has changed."""
+
+    request: Request
+    database: Database
+    followers: Followers
+    waiting: Waiting | None
+
+    async def answer(
+        self,
+        caller: Caller,
+        job_id: str,
+        view: Callable[[Session, Job], BaseModel],
+        *,
+        kind: JobKind | None = None,
+    ) -> Response:
+        """Return the job as `view` shows it, or 304 when the client has it already.
+
+        Raises:
+            NotFound: no such job.
+        """
+        if self.waiting is not None and self.waiting.seconds > 0:
+            job = await run_in_threadpool(self._get, caller.owner_id, job_id, kind)
+            await self._wait(job, self.waiting)
+        return await run_in_threadpool(self._read, caller.owner_id, job_id, view, kind)
+
+    async def _wait(self, job: Job, waiting: Waiting) -> None:
+        """Wait for another version; a job that has ended has no other one."""
+        known = job.version if waiting.version is None else waiting.version
+        deadline = time.monotonic() + waiting.seconds
+        if job.version != known or job.status.is_terminal:
+            return
+        with self.followers.follow(job.id, seq=job.event_seq, version=known) as follower:
+            while not follower.closed and (left := deadline - time.monotonic()) > 0:
+                if await follower.wait(min(left, _LOOK_S)):
+                    follower.take()
+                    if follower.pulse is not None and follower.pulse.version != known:
+                        return
+                elif await self.request.is_disconnected():
+                    return
+
+    def _get(self, owner_id: str, job_id: str, kind: JobKind | None) -> Job:
+        with self.database.reading() as session:
+            return JobRepository(session).get(owner_id, job_id, kind=kind)
+
+    def _read(
+        self,
+        owner_id: str,
+        job_id: str,
+        view: Callable[[Session, Job], BaseModel],
+        kind: JobKind | None,
+    ) -> Response:
+        with self.database.reading() as session:
+            jobs = JobRepository(session)
+            job = jobs.get(owner_id, job_id, kind=kind)
+            etag = job_etag(job, ahead=jobs.queue_position(job))
+            headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+            if etag_matches(self.request.headers.get("if-none-match"), etag):
+                return Response(status_code=304, headers=headers)
+            content = view(session, job).model_dump_json()
+        return Response(content=content, media_type="application/json", headers=headers)
+
+
+def job_reader(
+    request: Request,
+    database: Db,
+    followers: Follows,
+    waiting: Annotated[Waiting | None, Depends(waiting)],
+) -> JobReader:
+    """Return what answers a request for a job."""
+    return JobReader(request, database, followers, waiting)
+
+
+JobAnswers = Annotated[JobReader, Depends(job_reader)]
