@@ -7,10 +7,12 @@ from app import (
     dataset_rows,
     dataset_versions,
     datasets,
+    files,
     fine_tuning,
     jobs,
     recommendations,
     studies,
+    upload_sessions,
 )
 from app.openapi import PROBLEM_RESPONSES
 
@@ -20,7 +22,7 @@ def v1_router() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
     for domain in (
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
-        checkpoints,
+        checkpoints, files, upload_sessions,
     ):  # fmt: skip
         router.include_router(domain.router)
     return router

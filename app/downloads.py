@@ -4,10 +4,10 @@ import base64
 import os
 import re
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from fastapi import Request, Response
@@ -30,6 +30,11 @@ _TYPES = {
     ".jsonl": "application/jsonl",
     ".parquet": "application/vnd.apache.parquet",
 }
+_STANDING = {
+    "Accept-Ranges": "bytes",
+    "Cache-Control": "private, max-age=31536000, immutable",
+    "X-Content-Type-Options": "nosniff",
+}
 _RANGE = re.compile(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -41,11 +46,17 @@ class StoredFile:
     path: str
     size_bytes: int
     sha256: str
+    filename: str | None = None
 
     @property
     def etag(self) -> str:
         """The strong ETag: the content's own hash."""
         return f'"sha256:{self.sha256}"'
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is saved."""
+        return self.filename or self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,25 @@ class ByteRange:
 
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """What can be sent whole or in part; `open` raises what is wrong before a status is sent."""
+
+    size_bytes: int
+    headers: dict[str, str]
+    open: Callable[[], "Opened"]
+
+
+class Opened(Protocol):
+    """Content that is ready to be sent; it is sent or closed."""
+
+    def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
+        """Give the bytes of a part, then close."""
+
+    def close(self) -> None:
+        """Send nothing."""
 
 
 class Unsatisfiable(RunAborted):
@@ -111,65 +141,89 @@ def open_inside(file: StoredFile) -> int:
     return handle
 
 
+@dataclass(frozen=True)
+class _OpenedFile:
+    handle: int
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+    async def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in read_range(self.handle, part):
+                yield chunk
+        finally:
+            os.close(self.handle)
+
+
 async def file_response(request: Request, file: StoredFile) -> Response:
     """Return the file, a range of it, 304 or 416, as the request's conditions say."""
-    headers = _headers(file)
-    if etag_matches(request.headers.get("if-none-match"), file.etag):
+    content = Content(file.size_bytes, _headers(file), lambda: _OpenedFile(open_inside(file)))
+    return await content_response(request, content)
+
+
+async def content_response(request: Request, content: Content) -> Response:
+    """Return the content, a range of it, 304 or 416, as the request's conditions say."""
+    headers = {**content.headers, **_STANDING}
+    etag = headers["ETag"]
+    if etag_matches(request.headers.get("if-none-match"), etag):
         kept = ("ETag", "Cache-Control")
         return Response(status_code=304, headers={name: headers[name] for name in kept})
     wanted = request.headers.get("range")
     # Ranges are for GET only (RFC 9110, 14.2).
-    if request.method != "GET" or request.headers.get("if-range", file.etag) != file.etag:
+    if request.method != "GET" or request.headers.get("if-range", etag) != etag:
         wanted = None
     try:
-        part = parse_range(wanted, file.size_bytes)
+        part = parse_range(wanted, content.size_bytes)
     except Unsatisfiable as error:
         return problem_response(
             request,
             status=416,
             code="range_not_satisfiable",
             detail=error.message,
-            headers={"Content-Range": f"bytes */{file.size_bytes}", "Accept-Ranges": "bytes"},
+            headers={"Content-Range": f"bytes */{content.size_bytes}", "Accept-Ranges": "bytes"},
         )
-    handle = await run_in_threadpool(open_inside, file)
-    whole = ByteRange(0, file.size_bytes)
-    sent = part or whole
+    opened = await run_in_threadpool(content.open)
+    sent = part or ByteRange(0, content.size_bytes)
     headers["Content-Length"] = str(sent.stop - sent.start)
     if part is not None:
-        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size_bytes}"
+        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{content.size_bytes}"
     status = 200 if part is None else 206
     if request.method == "HEAD":
-        os.close(handle)
+        opened.close()
         return Response(headers=headers)
-    return StreamingResponse(_chunks(handle, sent), status_code=status, headers=headers)
+    return StreamingResponse(opened.chunks(sent), status_code=status, headers=headers)
 
 
-async def _chunks(handle: int, part: ByteRange) -> AsyncIterator[bytes]:
+async def read_range(handle: int, part: ByteRange) -> AsyncIterator[bytes]:
+    """Give the bytes of an open file from `start` to `stop`.
+
+    Raises:
+        RunAborted: the file ends before.
+    """
     position = part.start
-    try:
-        while position < part.stop:
-            size = min(CHUNK_BYTES, part.stop - position)
-            chunk = await run_in_threadpool(os.pread, handle, size, position)
-            if not chunk:
-                raise RunAborted(
-                    "the file became shorter while it was sent",
-                    failure=FailureCode.CHECKPOINT_CORRUPT,
-                )
-            position += len(chunk)
-            yield chunk
-    finally:
-        os.close(handle)
+    while position < part.stop:
+        size = min(CHUNK_BYTES, part.stop - position)
+        chunk = await run_in_threadpool(os.pread, handle, size, position)
+        if not chunk:
+            raise RunAborted(
+                "the file became shorter while it was sent",
+                failure=FailureCode.CHECKPOINT_CORRUPT,
+            )
+        position += len(chunk)
+        yield chunk
+
+
+def attachment(name: str) -> str:
+    """Return the `Content-Disposition` under which a client saves it (RFC 6266, 5)."""
+    return f"attachment; filename*=utf-8''{quote(name)}"
 
 
 def _headers(file: StoredFile) -> dict[str, str]:
-    name = file.path.rpartition("/")[2]
     digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
     return {
         "ETag": file.etag,
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=31536000, immutable",
         "Repr-Digest": f"sha-256=:{digest}:",
-        "Content-Disposition": f"attachment; filename*=utf-8''{quote(name)}",
-        "Content-Type": _TYPES.get(Path(name).suffix, "application/octet-stream"),
-        "X-Content-Type-Options": "nosniff",
+        "Content-Disposition": attachment(file.name),
+        "Content-Type": _TYPES.get(Path(file.name).suffix, "application/octet-stream"),
     }

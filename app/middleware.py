@@ -1,6 +1,7 @@
 """Around every request: an id, one line in the log, and a limit on the body. Pure ASGI."""
 
 import logging
+import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import REQUEST_ID, problem_response
 from core.ids import IdPrefix, new_id
 
-UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/recommendations"})
+UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/recommendations", "/v1/files"})
+_PART_PATH = re.compile(r"/v1/uploads/[^/]+/parts")
 # Room for boundaries, headers and the small fields around an uploaded file.
 MULTIPART_OVERHEAD = 64 * 1024
 
@@ -70,7 +72,7 @@ class BodyLimit:
         kind = Headers(scope=scope).get("content-type", "").strip().lower()
         is_upload = (
             scope["method"] == "POST"
-            and scope["path"] in UPLOAD_PATHS
+            and (scope["path"] in UPLOAD_PATHS or _PART_PATH.fullmatch(scope["path"]) is not None)
             and not kind.startswith("application/json")
         )
         limit = self.max_upload_bytes if is_upload else self.max_body_bytes

@@ -35,6 +35,7 @@ EXPLANATIONS = {
     "disk_full": "The disk of the server has no room left.",
     "empty_file": "The file has no rows.",
     "encrypted_archive": "A file in the archive is encrypted. Pack it again without a password.",
+    "file_not_dataset": "No dataset is made of files of this purpose. Upload it with fine-tune.",
     "file_too_large": "The file is larger than this server takes.",
     "http_error": "The request does not follow HTTP; the detail says how.",
     "internal": "kdpo failed in a way that it should not. The server's log has the reason.",
@@ -97,6 +98,10 @@ EXPLANATIONS = {
     "unusable_url": "The URL of the source is no plain https address.",
     "unusable_mapping": "`column_mapping` names columns that the file lacks, or fields that no "
     "layout has.",
+    "upload_damaged": "The file that the parts make has another MD5 than was announced.",
+    "upload_not_pending": "The upload was completed or cancelled, or has expired.",
+    "upload_size_mismatch": "The parts that were named have other bytes together than announced.",
+    "upload_too_long": "The parts of the upload would have more bytes than were announced.",
 }
 
 

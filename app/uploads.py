@@ -25,7 +25,7 @@ PART_SUFFIX = ".part"
 STALE_S = 86_400.0
 # Room that an upload must leave on the disk for the database.
 SPARE_BYTES = 64 * MIB
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Form:
     """Turns the parser's callbacks into fields and into chunks of the one file."""
 
     allowed: frozenset[str]
+    file: str = "file"
     pending: bytearray = field(default_factory=bytearray)
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
@@ -91,8 +92,8 @@ class _Form:
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", errors="replace")
-        known = ", ".join(sorted(self.allowed | {"file"}))
-        if name not in self.allowed | {"file"}:
+        known = ", ".join(sorted(self.allowed | {self.file}))
+        if name not in self.allowed | {self.file}:
             raise InvalidInput(
                 f"unknown field {name[:100]!r}; this endpoint takes {known}",
                 code="unknown_parameter", param=name[:100],
@@ -101,13 +102,13 @@ class _Form:
             raise InvalidInput(f"the field {name!r} came twice; send it once", param=name)
         self._names.add(name)
         self._part.name = name
-        if name == "file":
+        if name == self.file:
             self.has_file = True
             filename = options.get(b"filename", b"").decode("utf-8", errors="replace")
             self.filename = filename.replace("\\", "/").rpartition("/")[2] or None
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part.name == "file":
+        if self._part.name == self.file:
             self.pending += data[start:end]
             return
         self._part.data += data[start:end]
@@ -118,7 +119,7 @@ class _Form:
             )
 
     def _end(self) -> None:
-        if self._part.name == "file":
+        if self._part.name == self.file:
             return
         try:
             self.fields[self._part.name] = self._part.data.decode("utf-8")
@@ -132,9 +133,14 @@ class _Form:
 
 
 async def receive_upload(
-    request: Request, target: Path, *, max_bytes: int, fields: frozenset[str]
+    request: Request,
+    target: Path,
+    *,
+    max_bytes: int,
+    fields: frozenset[str],
+    file_part: str = "file",
 ) -> Upload:
-    """Write the part `file` of a multipart body to `target` (0600, fsync, rename).
+    """Write the part `file_part` of a multipart body to `target` (0600, fsync, rename).
 
     The other parts must be among `fields`. When anything fails, no file is left.
 
@@ -148,36 +154,36 @@ async def receive_upload(
     boundary = _boundary(request)
     temporary = target.with_name(f".{target.name}{PART_SUFFIX}")
     try:
-        await run_in_threadpool(_make_room, target.parent, _told_bytes(request))
-        form = _Form(allowed=fields)
-        with await run_in_threadpool(_create, temporary) as file:
+        await run_in_threadpool(make_room, target.parent, _told_bytes(request))
+        form = _Form(allowed=fields, file=file_part)
+        with await run_in_threadpool(create_private, temporary) as file:
             size, sha256 = await _copy(
                 request.stream(), form.parser(boundary), form, file, max_bytes=max_bytes
             )
-            await run_in_threadpool(_sync, file)
+            await run_in_threadpool(sync, file)
         if not form.is_complete:
             raise MalformedRequest(
                 "the multipart body ends before its last boundary; send it again"
             )
         if not form.has_file:
             raise InvalidInput(
-                "the form has no part named `file`", code="missing_file", param="file",
-                hint="curl -F file=@data.jsonl sends one",
+                f"the form has no part named `{file_part}`", code="missing_file", param=file_part,
+                hint=f"curl -F {file_part}=@data.jsonl sends one",
             )  # fmt: skip
         if size == 0:
             raise InvalidInput(
-                "the file is empty", code="empty_file", param="file",
+                "the file is empty", code="empty_file", param=file_part,
                 hint="upload JSON Lines with one preference pair a line",
             )  # fmt: skip
-        await run_in_threadpool(_publish, temporary, target)
+        await run_in_threadpool(publish, temporary, target)
     except FormParserError as error:
         raise MalformedRequest(f"the multipart body is not well formed: {error}") from error
     except ClientDisconnect as error:
         raise MalformedRequest("the client went away before the body was complete") from error
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL_ERRORS:
             raise
-        raise _no_room() from error
+        raise no_room() from error
     finally:
         await run_in_threadpool(temporary.unlink, missing_ok=True)
     return Upload(target, size, sha256, form.filename, form.fields)
@@ -243,23 +249,31 @@ def _told_bytes(request: Request) -> int:
     return int(told) if told.isascii() and told.isdigit() else 0
 
 
-def _make_room(folder: Path, needed: int) -> None:
+def make_room(folder: Path, needed: int) -> None:
+    """Make the folder, and see that its disk has room for so many bytes.
+
+    Raises:
+        StorageFull: it has not.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < needed + SPARE_BYTES:
-        raise _no_room()
+        raise no_room()
 
 
-def _create(path: Path) -> BinaryIO:
+def create_private(path: Path) -> BinaryIO:
+    """Make a file that only this user reads; it must not be there yet."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     return os.fdopen(handle, "wb")
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _publish(temporary: Path, target: Path) -> None:
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, for good."""
     temporary.rename(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
@@ -268,7 +282,8 @@ def _publish(temporary: Path, target: Path) -> None:
         os.close(folder)
 
 
-def _no_room() -> StorageFull:
+def no_room() -> StorageFull:
+    """Return the error of a disk that is full."""
     return StorageFull(
         "the server's disk has no room for the upload",
         hint="free space on the server and send it again",
