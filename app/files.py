@@ -202,7 +202,7 @@ def delete_file(
 async def download_file(
     request: Request, caller: ReadsDatasets, database: Db, settings: Config, file_id: FileId
 ) -> Response:
-    """Send the file as it came; its ETag is its SHA-256, and one range of bytes may be asked for."""
+    """Send the file as it came; its ETag is its SHA-256, and one range may be asked for."""
     row = await run_in_threadpool(_read, database, caller.owner_id, file_id)
     stored = StoredFile(settings.file_dir, row.id, row.bytes, row.sha256, filename=row.filename)
     return await file_response(request, stored)

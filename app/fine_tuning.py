@@ -1,10 +1,10 @@
 """Fine-tuning jobs in OpenAI's form."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Response
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
 from app.conditional import CONDITIONAL_RESPONSES, JobAnswers
@@ -29,12 +29,12 @@ from app.jobs import (
 )
 from app.queue import CeleryQueue, relay_now
 from app.responses import ListOf
+from app.training_data import training_data
 from core.hub import resolve
 from core.lifecycle import JobKind, JobStatus
 from core.methods import AutoMethod, KernelDpoMethod, Method
 from core.settings import Settings
 from core.spec import SpecModel
-from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.session import Database
@@ -87,11 +87,27 @@ class CreateFineTuningJob(SpecModel):
     )
 
     model: ModelName
-    dataset_id: DatasetId
+    training_file: DatasetId | None = Field(
+        default=None, description="a file of purpose fine-tune, or a dataset"
+    )
+    dataset_id: DatasetId | None = Field(
+        default=None, description="in place of training_file; either is needed"
+    )
     method: Method = AutoMethod(type="auto")
     seed: Seed = 0
     suffix: Suffix | None = None
     metadata: Metadata = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_dataset(self) -> Self:
+        if (self.training_file is None) == (self.dataset_id is None):
+            raise ValueError("expected either training_file or dataset_id")
+        return self
+
+    @property
+    def data(self) -> str:
+        """The id that names the pairs."""
+        return self.training_file or self.dataset_id or ""
 
 
 @dataclass(frozen=True)
@@ -127,18 +143,19 @@ def queue_fine_tuning(
         InvalidInput: the model cannot be used.
     """
     with database.reading() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
+        training_data(session, owner_id, body.data)
     spec = _job_spec(body, settings, accepted)
     with database.transaction() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id, lock=True)
+        data = training_data(session, owner_id, body.data, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
             kind=JobKind.TRAINING,
             spec=spec,
-            dataset_id=body.dataset_id,
+            dataset_id=data.dataset_id,
             model=body.model,
             seed=body.seed,
             metadata=body.metadata,
+            after_validation=data.is_validating,
         )
         view = fine_tuning_job(session, job)
     relay_now(database, queue)
@@ -159,6 +176,8 @@ def _job_spec(
         "method": body.method.model_dump(mode="json"),
         "encoder": encoder,
     }
+    if body.training_file is not None:
+        spec["training_file"] = body.training_file
     if accepted is not None:
         spec["recommendation_id"] = accepted.id
     return spec if body.suffix is None else {**spec, "suffix": body.suffix}

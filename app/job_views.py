@@ -175,6 +175,7 @@ def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
     return FineTuningJob(
         **_common(session, job),
         organization_id=job.owner_id,
+        training_file=job.spec.get("training_file") or job.dataset_id,
         method=job.spec["method"],
         suffix=job.spec.get("suffix"),
         fine_tuned_model=None if result is None else result.run.checkpoint_id,

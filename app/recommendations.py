@@ -48,6 +48,7 @@ from app.recommendation_views import (
     recommendation_view,
 )
 from app.responses import ListOf, conditional, json_response, wait_until
+from app.training_data import training_data
 from app.uploads import receive_upload
 from core.errors import Conflict, InvalidInput, NotFound
 from core.hub import resolve
@@ -59,7 +60,6 @@ from core.settings import Settings
 from core.spec import PenaltyTerm, SpecModel
 from models.experiment import RecommendationRow
 from models.job import Job
-from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.session import Database
@@ -275,18 +275,19 @@ def _create(
     database: Database, owner_id: str, body: CreateRecommendation, settings: Settings
 ) -> str:
     with database.reading() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id)
+        training_data(session, owner_id, body.dataset_id)
     spec: dict[str, Any] = {"model": resolve(body.model, settings).model_dump(mode="json")}
     with database.transaction() as session:
-        DatasetRepository(session).get_usable(owner_id, body.dataset_id, lock=True)
+        data = training_data(session, owner_id, body.dataset_id, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
             kind=JobKind.RECOMMENDATION,
             spec=spec,
-            dataset_id=body.dataset_id,
+            dataset_id=data.dataset_id,
             model=body.model,
             seed=body.seed,
             metadata=body.metadata,
+            after_validation=data.is_validating,
         )
         return job.id
 
