@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-PACKAGES = ("app", "core", "migrations", "models", "objectives", "selection", "worker")
+PACKAGES = ("app", "core", "kdpo", "migrations", "models", "objectives", "selection", "worker")
 PRODUCT = tuple(p for p in PACKAGES if p != "migrations")
 
 MAX_SOURCE_LINES = 400
@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 70
 CELERY_FILES = frozenset(
     {"worker/celery_app.py", "worker/tasks.py", "worker/main.py", "app/queue.py"}
 )
-FULL_INITS = frozenset({"models/__init__.py", "objectives/__init__.py"})
+FULL_INITS = frozenset({"kdpo/__init__.py", "models/__init__.py", "objectives/__init__.py"})
 
 _SQL_FUNCTIONS = frozenset({"select", "insert", "update", "delete", "text"})
 _SQL_METHODS = frozenset({"execute", "executemany", "exec_driver_sql", "scalars", "query"})

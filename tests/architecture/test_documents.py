@@ -10,7 +10,7 @@ from tests.architecture.house_rules import PACKAGES
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _PATH = re.compile(
-    r"`((?:app|core|deploy|docs|examples|migrations|models|objectives|selection|tests|worker)/"
+    r"`((?:app|core|deploy|docs|examples|kdpo|migrations|models|objectives|selection|tests|worker)/"
     r"[\w./-]*)`"
 )
 _LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)[^)]*\)")

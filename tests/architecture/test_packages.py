@@ -16,6 +16,7 @@ import pytest
 from core.errors import KdpoError
 from core.queue import QUEUE_OF_KIND, QueueName, TaskName
 from core.settings import Settings
+from kdpo.errors import KdpoClientError
 from tests.architecture.house_rules import PACKAGES, PRODUCT, module_name, read_sources
 
 ROOT = Path(__file__).parents[2]
@@ -120,18 +121,23 @@ def test_every_package_is_installed() -> None:
     assert found == listed
 
 
-def test_every_error_has_the_same_root() -> None:
+@pytest.mark.parametrize(
+    ("packages", "root"),
+    [(frozenset(PRODUCT) - {"kdpo"}, KdpoError), (frozenset({"kdpo"}), KdpoClientError)],
+    ids=["product", "client"],
+)
+def test_every_error_has_the_same_root(packages: frozenset[str], root: type[Exception]) -> None:
     strangers = [
         f"{name}.{error.__qualname__}"
         for name in MODULES
-        if name.partition(".")[0] in PRODUCT
+        if name.partition(".")[0] in packages
         for error in vars(importlib.import_module(name)).values()
         if inspect.isclass(error)
         and issubclass(error, BaseException)
         and error.__module__ == name
-        and not issubclass(error, KdpoError)
+        and not issubclass(error, root)
     ]
-    assert not strangers, f"derive these from core.errors.KdpoError: {strangers}"
+    assert not strangers, f"derive these from {root.__module__}.{root.__name__}: {strangers}"
 
 
 def test_every_task_name_has_a_task(tmp_path: Path) -> None:
