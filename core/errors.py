@@ -143,6 +143,34 @@ class TooManyRequests(KdpoError):
     default_retryable = True
 
 
+class QuotaExceeded(TooManyRequests):
+    """An owner would pass a limit: which one, how much of it is used, and when there is room."""
+
+    default_code = "quota_exceeded"
+    default_retryable = False
+
+    def __init__(
+        self,
+        quota: str,
+        *,
+        limit: int,
+        used: float,
+        frees: str,
+        frees_at: float | None = None,
+        asked: int = 1,
+    ) -> None:
+        super().__init__(
+            f"quota {quota}: {used:g} of {limit} used, {asked} more asked for; "
+            f"there is room {frees}",
+            hint="GET /v1/quotas shows all limits; an administrator can raise them",
+        )
+        self.quota = quota
+        self.limit = limit
+        self.used = used
+        self.frees = frees
+        self.frees_at = frees_at
+
+
 class TooLarge(KdpoError):
     """A body, a line or a decompressed stream passes its limit."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import Select, or_, select, update
 
 from core.errors import Conflict, LeaseLost, NotFound
 from core.ids import IdPrefix, new_id
@@ -11,11 +11,14 @@ from core.lifecycle import AttemptOutcome, EventType, JobKind, JobStatus, Phase
 from core.queue import QUEUE_OF_KIND, QueueName
 from models.job import Job, JobAttempt
 from models.repositories.events import append_event
+from models.repositories.job_claims import Claim as Claim
+from models.repositories.job_claims import JobClaims
 from models.repositories.job_moves import Beat as Beat
 from models.repositories.job_moves import Fence as Fence
 from models.repositories.job_moves import worker_lost
 from models.repositories.job_pauses import JobPauses
 from models.repositories.paging import Page, PageQuery, fetch_page
+from models.repositories.quotas import QuotaRepository
 from models.types import db_now
 
 ID_OF_KIND = {
@@ -28,15 +31,6 @@ ID_OF_KIND = {
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A job that now belongs to one worker."""
-
-    fence: Fence
-    owner_id: str
-    kind: JobKind
-
-
-@dataclass(frozen=True)
 class Reaped:
     """A job whose lease ran out, and what became of it."""
 
@@ -44,7 +38,7 @@ class Reaped:
     status: JobStatus
 
 
-class JobRepository(JobPauses):
+class JobRepository(JobClaims, JobPauses):
     """All reads and writes of jobs in one transaction."""
 
     # ------------------------------------------------------------- by the API
@@ -61,12 +55,19 @@ class JobRepository(JobPauses):
         seed: int = 0,
         metadata: dict[str, str] | None = None,
         after_validation: bool = False,
+        parent_id: str | None = None,
+        priority: int = 0,
     ) -> Job:
         """Insert a queued job with its first event and the wake-up its queue is owed.
 
         With `after_validation` it waits until its dataset is validated: it is queued when that can
         be used, else it fails.
+
+        Raises:
+            QuotaExceeded: the owner has too many waiting jobs, or no device time left.
         """
+        if parent_id is None:
+            QuotaRepository(self._session).admit_job(owner_id, kind)
         job = Job(
             id=job_id or new_id(ID_OF_KIND[kind]),
             owner_id=owner_id,
@@ -78,6 +79,8 @@ class JobRepository(JobPauses):
             model=model,
             seed=seed,
             labels=metadata or {},
+            parent_id=parent_id,
+            priority=priority,
             queued_at=None if after_validation else db_now(),
         )
         self._session.add(job)
@@ -123,21 +126,6 @@ class JobRepository(JobPauses):
                 statement = statement.where(column == value)
         return fetch_page(self._session, statement, Job.id, query)
 
-    def queue_position(self, job: Job) -> int | None:
-        """Return how many jobs stand before a queued one and will be due by the time it is."""
-        if job.status is not JobStatus.QUEUED:
-            return None
-        ahead = select(func.count()).where(
-            Job.status == JobStatus.QUEUED,
-            Job.queue == job.queue,
-            or_(Job.run_after <= db_now(), Job.run_after <= job.run_after),
-            or_(
-                Job.priority > job.priority,
-                (Job.priority == job.priority) & (Job.created_at < job.created_at),
-            ),
-        )
-        return self._session.execute(ahead).scalar_one()
-
     def request_cancel(self, owner_id: str, job_id: str) -> Job:
         """Cancel a queued job at once, ask a running one to stop at its next step.
 
@@ -179,38 +167,6 @@ class JobRepository(JobPauses):
         return job
 
     # --------------------------------------------------------- by the workers
-
-    def claim(self, queue: QueueName, *, worker_id: str, lease_s: float) -> Claim | None:
-        """Take the next due job of a queue, or None; at most one worker gets each."""
-        next_id = (
-            select(Job.id)
-            .where(Job.status == JobStatus.QUEUED, Job.queue == queue, Job.run_after <= db_now())
-            .order_by(Job.priority.desc(), Job.created_at, Job.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
-        taken = (
-            update(Job)
-            .where(Job.id == next_id, Job.status == JobStatus.QUEUED)
-            .values(
-                status=JobStatus.RUNNING,
-                attempt=Job.attempt + 1,
-                lease_owner=worker_id,
-                lease_until=db_now() + lease_s,
-                heartbeat_at=db_now(),
-                started_at=func.coalesce(Job.started_at, db_now()),
-                version=Job.version + 1,
-            )
-            .returning(Job.id, Job.attempt, Job.owner_id, Job.kind)
-            .execution_options(synchronize_session=False)
-        )
-        row = self._session.execute(taken).one_or_none()
-        if row is None:
-            return None
-        self._session.add(JobAttempt(job_id=row.id, number=row.attempt, worker_id=worker_id))
-        self._event_status(row.id, JobStatus.RUNNING, f"Attempt {row.attempt} has started.")
-        return Claim(Fence(row.id, row.attempt), row.owner_id, row.kind)
 
     def guard(self, fence: Fence) -> Beat:
         """Lock the job for this transaction if the attempt still owns it.
@@ -257,6 +213,7 @@ class JobRepository(JobPauses):
     def add_gpu_seconds(self, fence: Fence, seconds: float) -> None:
         """Charge device time to the job."""
         self._beat(fence, self._owned(fence).values(gpu_seconds=Job.gpu_seconds + seconds))
+        QuotaRepository(self._session).charge(fence.job_id, seconds)
 
     def progressed(self, fence: Fence) -> None:
         """Forgive earlier losses: the job got further than before."""

@@ -1,0 +1,228 @@
+"""Which job a worker gets: owners take turns, and within an owner priority and age decide."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, and_, bindparam, case, func, or_, select, update
+from sqlalchemy.orm import aliased
+
+from core.lifecycle import JobKind, JobStatus
+from core.queue import QueueName
+from models.job import Job, JobAttempt, Worker
+from models.owner import Owner
+from models.quota import QueueTurn, Quota
+from models.repositories.job_moves import Fence, JobMoves
+from models.repositories.quotas import DEFAULT_SUBJECT, UNLIMITED
+from models.repositories.workers import WorkerRepository
+from models.types import EnumText, db_now, upsert
+
+_log = logging.getLogger("kdpo.queue")
+
+QUARANTINE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that now belongs to one worker."""
+
+    fence: Fence
+    owner_id: str
+    kind: JobKind
+
+
+class JobClaims(JobMoves):
+    """Takes jobs for workers, and says when the turn of a waiting one comes."""
+
+    def claim(
+        self,
+        queue: QueueName,
+        *,
+        worker_id: str,
+        lease_s: float,
+        quarantine_s: float = QUARANTINE_S,
+    ) -> Claim | None:
+        """Take the next due job of a queue, or None; at most one worker gets each.
+
+        The owner whom the queue served longest ago comes first, unless as many of the owner's jobs
+        run as may; of the owner's jobs the one of the highest priority, then the oldest. A worker
+        that is draining, or that lost its last jobs one after the other, gets none.
+        """
+        if not self._may_work(worker_id, quarantine_s):
+            return None
+        while True:
+            with self._session.begin_nested() as attempt:
+                row = self._take(queue, worker_id, lease_s)
+                if row is None:
+                    return None
+                if self._keeps_limit(row.owner_id):
+                    break
+                # Two workers took the owner's last place at once; the next look sees the other's.
+                attempt.rollback()
+        turn = {"owner_id": row.owner_id, "queue": queue, "served_at": db_now()}
+        self._session.execute(upsert(self._session, QueueTurn, turn, key=("owner_id", "queue")))
+        self._session.add(JobAttempt(job_id=row.id, number=row.attempt, worker_id=worker_id))
+        self._event_status(row.id, JobStatus.RUNNING, f"Attempt {row.attempt} has started.")
+        return Claim(Fence(row.id, row.attempt), row.owner_id, row.kind)
+
+    def queue_position(self, job: Job) -> int | None:
+        """Return how many jobs are taken before a queued one if all owners may go on.
+
+        Its owner's jobs before it, and of each other owner as many as that owner has turns until
+        then: one for each of those, and one more for an owner whose turn is before this one's.
+        """
+        if job.status is not JobStatus.QUEUED:
+            return None
+        due = or_(Job.run_after <= db_now(), Job.run_after <= job.run_after)
+        queued = (Job.queue == job.queue, Job.status == _literal(JobStatus.QUEUED), due)
+        own = select(func.count()).where(
+            *queued,
+            Job.owner_id == job.owner_id,
+            or_(
+                Job.priority > job.priority,
+                and_(
+                    Job.priority == job.priority,
+                    or_(
+                        Job.created_at < job.created_at,
+                        and_(Job.created_at == job.created_at, Job.id < job.id),
+                    ),
+                ),
+            ),
+        )
+        ahead: int = self._session.execute(own).scalar_one()
+        waiting = (
+            select(Job.owner_id, func.count().label("jobs"))
+            .where(*queued, Job.owner_id != job.owner_id)
+            .group_by(Job.owner_id)
+            .subquery()
+        )
+        mine = _served_at(job.owner_id, job.queue)
+        others = select(
+            waiting.c.jobs,
+            case(
+                (func.coalesce(QueueTurn.served_at, 0.0) < mine, 1),
+                (func.coalesce(QueueTurn.served_at, 0.0) > mine, 0),
+                (waiting.c.owner_id < job.owner_id, 1),
+                else_=0,
+            ).label("first"),
+        ).outerjoin(
+            QueueTurn,
+            and_(QueueTurn.owner_id == waiting.c.owner_id, QueueTurn.queue == job.queue),
+        )
+        rows = self._session.execute(others).all()
+        return ahead + sum(min(int(row.jobs), ahead + int(row.first)) for row in rows)
+
+    def _may_work(self, worker_id: str, quarantine_s: float) -> bool:
+        """Whether the worker may get a job."""
+        worker = self._session.get(Worker, worker_id, populate_existing=True)
+        if worker is not None and worker.drain_requested_at is not None:
+            return False
+        held = WorkerRepository(self._session).quarantine(worker_id, quarantine_s=quarantine_s)
+        if held is None:
+            return True
+        _log.warning(
+            "worker %s gets no job for %.0f s more: it lost its last %d attempts, at jobs %s",
+            worker_id, held.seconds_left, held.losses, ", ".join(held.job_ids),
+        )  # fmt: skip
+        return False
+
+    def _take(
+        self, queue: QueueName, worker_id: str, lease_s: float
+    ) -> Row[str, int, str, JobKind] | None:
+        """Take a job in one statement.
+
+        Owners are looked at in the order of their turns until one has a job, by an index look-up
+        each. On Postgres the clock in the inner query keeps the planner from doing that for all
+        owners first, which would lock a job of each.
+        """
+        head = (
+            select(Job.id)
+            .where(
+                Job.owner_id == Owner.id,
+                Job.queue == queue,
+                Job.status == _literal(JobStatus.QUEUED),
+                Job.run_after <= db_now(),
+            )
+            .order_by(Job.priority.desc(), Job.created_at, Job.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+            .correlate(Owner)
+            .scalar_subquery()
+        )
+        limit = _running_limit()
+        running = aliased(Job)
+        runs = (
+            select(func.count())
+            .where(running.owner_id == Owner.id, running.status == _literal(JobStatus.RUNNING))
+            .correlate(Owner)
+            .scalar_subquery()
+        )
+        turn = _served_at(Owner.id, queue)
+        owners = (
+            select(head.label("job_id"), turn.label("turn"), Owner.id.label("owner_id"))
+            .where(or_(limit == UNLIMITED, runs < limit))
+            .order_by(turn, Owner.id)
+            .subquery("owners")
+        )
+        next_id = (
+            select(owners.c.job_id)
+            .where(owners.c.job_id.is_not(None))
+            .order_by(owners.c.turn, owners.c.owner_id)
+            .limit(1)
+            .scalar_subquery()
+        )
+        taken = (
+            update(Job)
+            .where(Job.id == next_id, Job.status == JobStatus.QUEUED)
+            .values(
+                status=JobStatus.RUNNING,
+                attempt=Job.attempt + 1,
+                lease_owner=worker_id,
+                lease_until=db_now() + lease_s,
+                heartbeat_at=db_now(),
+                started_at=func.coalesce(Job.started_at, db_now()),
+                version=Job.version + 1,
+            )
+            .returning(Job.id, Job.attempt, Job.owner_id, Job.kind)
+            .execution_options(synchronize_session=False)
+        )
+        return self._session.execute(taken).one_or_none()
+
+    def _keeps_limit(self, owner_id: str) -> bool:
+        """Whether not too many of the owner's jobs run; no other worker changes it before the end.
+
+        Only an owner with a limit is locked: the others' claims do not wait for each other.
+        """
+        limit = self._session.execute(
+            select(_running_limit()).where(Owner.id == owner_id)
+        ).scalar_one()
+        if limit == UNLIMITED:
+            return True
+        self._session.execute(select(Owner.id).where(Owner.id == owner_id).with_for_update())
+        runs = select(func.count()).where(
+            Job.owner_id == owner_id, Job.status == _literal(JobStatus.RUNNING)
+        )
+        return bool(self._session.execute(runs).scalar_one() <= limit)
+
+
+def _literal(status: JobStatus) -> Any:
+    """Return the status as text in the statement: only then partial indexes are used."""
+    return bindparam(None, status, type_=EnumText(JobStatus), literal_execute=True)
+
+
+def _served_at(owner_id: Any, queue: QueueName) -> Any:
+    """Return when the queue served an owner last, as SQL; 0 when it never did."""
+    served = select(QueueTurn.served_at).where(
+        QueueTurn.owner_id == owner_id, QueueTurn.queue == queue
+    )
+    if not isinstance(owner_id, str):
+        served = served.correlate(Owner)
+    return func.coalesce(served.scalar_subquery(), 0.0)
+
+
+def _running_limit() -> Any:
+    """Return how many jobs of an owner may run, as SQL."""
+    own, default = aliased(Quota), aliased(Quota)
+    mine = select(own.running_jobs).where(own.subject == Owner.id).correlate(Owner)
+    all_ = select(default.running_jobs).where(default.subject == DEFAULT_SUBJECT)
+    return func.coalesce(mine.scalar_subquery(), all_.scalar_subquery(), UNLIMITED)
