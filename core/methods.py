@@ -15,6 +15,9 @@ from core.spec import (
     SpecModel,
 )
 
+AUTO_WARMUP = 0.0125
+"""Part of an `auto` run: the first rung of its search, 2 % of it, is one and a half warm-ups."""
+
 
 class TrainHyperparameters(FinalRunSpec):
     """Hyperparameters that every method has."""
@@ -144,6 +147,11 @@ class Auto(SpecModel):
 
     search: SearchSpec = SearchSpec()
     hyperparameters: TrainHyperparameters = TrainHyperparameters()
+
+    def train_spec(self) -> TrainSpec:
+        """Return the training part; its warm-up is short, for trials end after a few steps."""
+        spec = self.hyperparameters.train_spec()
+        return spec.model_copy(update={"warmup_fraction": AUTO_WARMUP})
 
     @model_validator(mode="after")
     def _trials_are_like_the_run(self) -> Self:

@@ -104,9 +104,12 @@ class SearchSummary(SpecModel):
     infeasible: int
     winner_trial: int
     tied_trials: tuple[int, ...] = Field(
-        description="with the winner, all within one paired standard error of the lowest log-loss"
+        description="not told apart from the winner"
     )
-    stopped_by: Literal["max_trials", "gpu_seconds"]
+    stopped_by: Literal["finished", "decided", "budget"] = Field(
+        description="all of the plan is done; what was left would hardly change the answer; "
+        "nothing that was left fitted into the budget"
+    )
     sentence: str
 
 

@@ -101,19 +101,34 @@ class CandidateSpec(SpecModel):
     learning_rate: float = Field(gt=0.0, le=1.0)
 
 
-class SearchSpec(SpecModel):
-    """Budget and shape of a search; it stops at whichever limit comes first."""
+ShapeName = Literal["wide", "usual", "lean", "narrow", "few", "least"]
 
-    max_trials: int = Field(default=12, ge=2, le=1000)
-    gpu_seconds: float | None = Field(default=None, gt=0.0)
-    trial_epochs: float = Field(
-        default=0.5,
-        gt=0.0,
-        le=10.0,
-        description="length of a trial in passes over the data: the first steps of the final run",
+
+class SearchSpec(SpecModel):
+    """Budget and shape of a search; it stops at whichever limit comes first (docs/search.md)."""
+
+    max_trials: int | None = Field(
+        default=None, ge=2, le=1000, description="configurations that are begun, plain DPO's too"
+    )
+    gpu_seconds: float | None = Field(
+        default=None, gt=0.0, description="device time of all trials together"
+    )
+    deadline_seconds: float | None = Field(
+        default=None, gt=0.0, description="wall time from the first trial on"
+    )
+    shape: ShapeName | None = Field(
+        default=None,
+        description="how many pairs go how far; null: the dearest that the budget pays for, "
+        "`usual` without a budget",
     )
     drift_budget: float | None = Field(
         default=None, gt=0.0, description="largest mean token KL(policy || reference), nats"
+    )
+    parallelism: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="workers that train its trials at once; null: as many as there are",
     )
 
 

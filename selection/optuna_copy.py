@@ -115,6 +115,25 @@ def _widened(distribution: BaseDistribution, values: list[ParamValue]) -> BaseDi
             raise AssertionError(f"a search space has no {distribution}")
 
 
+def add_to_storage(
+    storage: optuna.storages.BaseStorage, name: str, records: Sequence[TrialRecord]
+) -> None:
+    """Add the records that a study in a storage lacks, by their attribute `number`.
+
+    The study is made if missing. Optuna numbers trials by itself, in the order of the records.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="minimize", load_if_exists=True
+    )
+    there = {trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)}
+    if not there:
+        study.set_metric_names(["log_loss"])
+    for trial in frozen_trials(records):
+        if trial.user_attrs["number"] not in there:
+            study.add_trial(trial)
+
+
 # ------------------------------------------------------------------ a file
 
 

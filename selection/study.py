@@ -257,7 +257,8 @@ class Running:
 
 @dataclass(frozen=True)
 class Ended:
-    """A task with what came of it. A measured one ended by `budget`: its rung was reached.
+    """A task with what came of it. A measured one ended by `budget`: its rung was reached; one that
+    ended by `worker_lost` was given up after too many losses, and is no result.
 
     `log_loss` is the calibrated preference log-loss on validation, nats; `drift` the mean token
     KL(policy || reference), nats; `seconds` its device time, lost attempts not included.
@@ -270,11 +271,6 @@ class Ended:
     drift: float | None = None
 
     def __post_init__(self) -> None:
-        if self.ended_by is EndedBy.WORKER_LOST:
-            raise InvalidInput(
-                f"task {self.task.key} has lost its worker, which is no result; put it among the "
-                "waiting ones, and its seconds to the lost ones"
-            )
         if not self.seconds >= 0.0:
             raise InvalidInput(f"task {self.task.key} took {self.seconds} s; expected 0 or more")
         if self.ended_by is EndedBy.BUDGET and self.log_loss is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from core.settings import Settings
 from models.repositories.leftovers import MAX_IDS, LeftoverRepository
 from models.session import Database
-from worker.outcome import LOG_NAME, OUTCOME_NAME
+from worker.outcome import LOG_NAME, OUTCOME_NAME, TRIALS
 from worker.training.entries import EntryFolder
 
 _log = logging.getLogger("kdpo.cleanup")
@@ -91,8 +91,8 @@ class Cleanup:
 
 
 def _strip_job(job: Path, published: set[Path]) -> bool:
-    """Strip all attempts of a job; return whether nothing is left to remove."""
-    done = True
+    """Strip all attempts of a job and its trials; return whether nothing is left to remove."""
+    done = _try_to_remove(job / TRIALS) if (job / TRIALS).is_dir() else True
     for attempt in _entries(job):
         if _ATTEMPT.fullmatch(attempt.name) and attempt.is_dir() and not attempt.is_symlink():
             kept = published | {attempt / LOG_NAME, attempt / OUTCOME_NAME}

@@ -18,6 +18,7 @@ from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.steps import StepRepository
 from models.session import Database
+from worker.outcome import TRIALS
 
 
 class Preempted(KdpoError):
@@ -40,9 +41,19 @@ class JobContext:
     _rate_from: tuple[str, float, int] | None = None
 
     @property
+    def home_id(self) -> str:
+        """The job whose runs these are: this one, or the one that it helps."""
+        return self.job.parent_id or self.fence.job_id
+
+    @property
     def job_dir(self) -> Path:
         """Folder of the job, shared by its attempts."""
         return self.settings.artifact_dir / "jobs" / self.fence.job_id
+
+    @property
+    def trials_dir(self) -> Path:
+        """Folder of a search's trials, shared by all attempts at its job and by its helpers."""
+        return self.settings.artifact_dir / "jobs" / self.home_id / TRIALS
 
     @property
     def attempt_dir(self) -> Path:
@@ -75,11 +86,19 @@ class JobContext:
             JobRepository(session).add_attention(self.fence, flag.value)
         self.warn(message, attention=flag.value)
 
-    def progress(self, *, unit: str, done: int, total: int, overall: float | None = None) -> None:
+    def progress(
+        self,
+        *,
+        unit: str,
+        done: int,
+        total: int,
+        overall: float | None = None,
+        eta: tuple[float, float] | None = None,
+    ) -> None:
         """Report progress of the present part, at most once in `progress_every_s`.
 
         `overall` is the fraction of the whole job that is done; the rate and ETA are of the
-        present part, measured since this attempt began it.
+        present part, measured since this attempt began it, unless `eta` (P50, P90) is known better.
 
         Raises:
             LeaseLost: another attempt owns the job.
@@ -92,17 +111,18 @@ class JobContext:
         self._reported_at = now
         _, since, first = self._rate_from
         rate = (done - first) / (now - since) if now > since and done > first else None
-        eta = None if rate is None else (total - done) / rate
+        if eta is None and rate is not None:
+            eta = ((total - done) / rate, 1.25 * (total - done) / rate)
         report = {
             "fraction": round(done / total if overall is None else overall, 4) if total else 0.0,
             "unit": unit,
             "done": done,
             "total": total,
             "rate": rate,
-            "eta_seconds": eta,
-            "eta_low": None if eta is None else 0.9 * eta,
-            "eta_high": None if eta is None else 1.25 * eta,
-            "basis": "prior" if rate is None else "measured",
+            "eta_seconds": None if eta is None else eta[0],
+            "eta_low": None if eta is None else 0.9 * eta[0],
+            "eta_high": None if eta is None else eta[1],
+            "basis": "prior" if eta is None else "measured",
         }
         with self.transaction() as session:
             beat = JobRepository(session).set_progress(self.fence, report)

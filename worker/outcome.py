@@ -12,6 +12,8 @@ from core.lifecycle import Phase
 from worker.ingest.files import atomic_writer
 
 OUTCOME_NAME = "outcome.json"
+TRIALS = "trials"
+"""Folder of a job's trials, beside those of its attempts."""
 LOG_NAME = "log.txt"
 
 

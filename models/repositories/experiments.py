@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import NotFound
 from core.ids import IdPrefix, new_id
-from core.lifecycle import EndedBy, EventType, JobStatus, TrialStatus
+from core.lifecycle import EventType, TrialStatus
 from models.experiment import (
     Checkpoint,
     MetricPoint,
@@ -20,7 +20,6 @@ from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
-from models.types import db_now
 
 
 class ExperimentRepository:
@@ -79,19 +78,6 @@ class ExperimentRepository:
 
     # ------------------------------------------------------- studies and trials
 
-    def ensure_study(self, fence: Fence, *, owner_id: str, spec: dict[str, Any]) -> StudyRow:
-        """Return the job's study, made if missing."""
-        self._jobs.guard(fence)
-        row = self.study_of(fence.job_id)
-        if row is None:
-            study_id = new_id(IdPrefix.STUDY)
-            row = StudyRow(
-                id=study_id, owner_id=owner_id, job_id=fence.job_id, name=study_id, spec=spec
-            )
-            self._session.add(row)
-            self._session.flush()
-        return row
-
     def study_of(self, job_id: str) -> StudyRow | None:
         """Return the job's study, if it has one."""
         statement = select(StudyRow).where(StudyRow.job_id == job_id)
@@ -131,114 +117,17 @@ class ExperimentRepository:
         )
         return list(self._session.execute(statement).scalars())
 
-    def finished_searches(
-        self, owner_id: str, *, limit: int
-    ) -> list[tuple[RecommendationRow, list[TrialRow]]]:
-        """Return the latest searches whose jobs succeeded: what was measured, and the trials."""
-        statement = (
-            select(RecommendationRow, StudyRow.id)
-            .join(StudyRow, StudyRow.job_id == RecommendationRow.job_id)
-            .join(Job, Job.id == StudyRow.job_id)
-            .where(Job.owner_id == owner_id, Job.status == JobStatus.SUCCEEDED)
-            .order_by(Job.created_at.desc(), Job.id.desc())
-            .limit(limit)
-        )
-        found = [(row, study_id) for row, study_id in self._session.execute(statement)]
-        trials: dict[str, list[TrialRow]] = {study_id: [] for _, study_id in found}
-        of_these = select(TrialRow).where(TrialRow.study_id.in_(trials)).order_by(TrialRow.number)
-        for trial in self._session.execute(of_these).scalars():
-            trials[trial.study_id].append(trial)
-        return [(row, trials[study_id]) for row, study_id in found]
-
-    def start_trial(
-        self,
-        fence: Fence,
-        study: StudyRow,
-        *,
-        number: int,
-        origin: str,
-        candidate: dict[str, Any],
-        label: str,
-    ) -> TrialRow:
-        """Insert a running trial, or return the one that an earlier attempt left."""
-        self._jobs.guard(fence)
-        row = self._trial(study.id, number)
-        if row is not None:
-            return row
-        row = TrialRow(
-            id=new_id(IdPrefix.TRIAL),
-            owner_id=study.owner_id,
-            study_id=study.id,
-            number=number,
-            status=TrialStatus.RUNNING,
-            origin=origin,
-            candidate=candidate,
-        )
-        self._session.add(row)
-        self._session.flush()
-        append_event(
-            self._session, fence.job_id, EventType.TRIAL_STARTED,
-            f"Trial {number} has started: {label}.",
-            data={"trial_id": row.id, "number": number, "label": label},
-        )  # fmt: skip
-        return row
-
-    def finish_trial(
-        self,
-        fence: Fence,
-        study: StudyRow,
-        *,
-        number: int,
-        status: TrialStatus,
-        ended_by: EndedBy,
-        log_loss: float | None,
-        drift: float | None,
-        feasible: bool,
-        metrics: dict[str, Any],
-        gpu_seconds: float,
-    ) -> None:
-        """Store how a trial ended; a second call for a finished trial changes nothing."""
-        self._jobs.guard(fence)
-        row = self._trial(study.id, number)
-        if row is None:
-            raise NotFound(f"no trial {number} in study {study.id}")
-        if row.status is not TrialStatus.RUNNING:
-            return
-        row.status = status
-        row.ended_by = ended_by
-        row.log_loss = log_loss
-        row.drift = drift
-        row.feasible = feasible
-        row.metrics = metrics
-        row.gpu_seconds = gpu_seconds
-        row.finished_at = db_now()
-        self._jobs.add_gpu_seconds(fence, gpu_seconds)
-        self._jobs.progressed(fence)
-        ended_well = status is TrialStatus.COMPLETE and log_loss is not None
-        append_event(
-            self._session,
-            fence.job_id,
-            EventType.TRIAL_COMPLETED if ended_well else EventType.TRIAL_FAILED,
-            f"Trial {number}: log-loss {log_loss:.4f}." if ended_well else
-            f"Trial {number} ended by {ended_by.value}.",
-            level="info" if ended_well else "warn",
-            data={"trial_id": row.id, "number": number, "log_loss": log_loss},
-        )  # fmt: skip
-
-    def _trial(self, study_id: str, number: int) -> TrialRow | None:
-        statement = select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.number == number)
-        return self._session.execute(statement).scalar_one_or_none()
-
     # ----------------------------------------------------------------- metrics
 
     def record_metrics(
-        self, fence: Fence, *, scope: str, step: int, values: dict[str, float]
+        self, fence: Fence, *, job_id: str, scope: str, step: int, values: dict[str, float]
     ) -> None:
-        """Store the metrics of one step; a resumed run writes the same row again."""
+        """Store the metrics of one step of a job's run; a resumed run writes the same row again.
+
+        The attempt of the fence may be at a job that helps `job_id`.
+        """
         self._jobs.guard(fence)
-        self._session.merge(
-            MetricPoint(job_id=fence.job_id, scope=scope, step=step, metrics=values)
-        )
+        self._session.merge(MetricPoint(job_id=job_id, scope=scope, step=step, metrics=values))
         self._session.flush()
 
     def metrics(self, job_id: str, scope: str) -> list[MetricPoint]:
@@ -256,24 +145,25 @@ class ExperimentRepository:
         self,
         fence: Fence,
         *,
+        job_id: str,
         scope: str,
         step: int,
         path: str,
         manifest_sha256: str,
         size_bytes: int,
     ) -> None:
-        """Record a folder from which the run can go on.
+        """Record a folder from which a job's run can go on.
 
-        The job has made progress when it is further than every point that is known.
+        The attempt's job has made progress when it is further than every point that is known.
         """
-        known = self.resume_points(fence.job_id, scope)
+        known = self.resume_points(job_id, scope)
         if not known or step > known[0].step:
             self._jobs.progressed(fence)
         else:
             self._jobs.guard(fence)
         self._session.merge(
             ResumePoint(
-                job_id=fence.job_id,
+                job_id=job_id,
                 scope=scope,
                 step=step,
                 attempt=fence.attempt,
@@ -293,13 +183,15 @@ class ExperimentRepository:
         )
         return list(self._session.execute(statement).scalars())
 
-    def drop_resume_points(self, fence: Fence, *, scope: str, keep_from_step: int) -> list[str]:
+    def drop_resume_points(
+        self, fence: Fence, *, job_id: str, scope: str, keep_from_step: int
+    ) -> list[str]:
         """Forget resume points before a step and return their paths for removal."""
         self._jobs.guard(fence)
         dropped = (
             delete(ResumePoint)
             .where(
-                ResumePoint.job_id == fence.job_id,
+                ResumePoint.job_id == job_id,
                 ResumePoint.scope == scope,
                 ResumePoint.step < keep_from_step,
             )
@@ -312,7 +204,7 @@ class ExperimentRepository:
         self._jobs.guard(fence)
         self._session.execute(
             delete(ResumePoint).where(
-                ResumePoint.job_id == fence.job_id,
+                ResumePoint.job_id == point.job_id,
                 ResumePoint.scope == point.scope,
                 ResumePoint.step == point.step,
                 ResumePoint.attempt == point.attempt,

@@ -159,6 +159,24 @@ class JobMoves:
         )
         if self._session.execute(moved.returning(Job.id)).one_or_none() is None:
             raise _lost(fence)
+        if status is JobStatus.PAUSED:
+            self._stop_helpers(fence.job_id)
+
+    def _stop_helpers(self, job_id: str) -> None:
+        """End the jobs that help one: those that wait at once, others at their next step."""
+        for status in (JobStatus.QUEUED, JobStatus.RUNNING):
+            helpers = (
+                update(Job)
+                .where(Job.parent_id == job_id, Job.kind == JobKind.SEARCH, Job.status == status)
+                .values(cancel_requested_at=db_now(), version=Job.version + 1)
+                .returning(Job.id)
+                .execution_options(synchronize_session=False)
+            )
+            for helper_id in self._session.execute(helpers).scalars().all():
+                if self._move(
+                    helper_id, (JobStatus.QUEUED,), JobStatus.CANCELLED, finished_at=db_now()
+                ):
+                    self._ended(helper_id, JobStatus.CANCELLED, "The search needs no help.")
 
     def _move(
         self, job_id: str, sources: Sequence[JobStatus], target: JobStatus, **values: Any
@@ -196,6 +214,7 @@ class JobMoves:
         level = "error" if status is JobStatus.FAILED else "info"
         self._event_status(job_id, status, message, level=level)
         append_event(self._session, job_id, EventType.DONE, "No more events.")
+        self._stop_helpers(job_id)
         if status is not JobStatus.SUCCEEDED:
             self._give_up_dataset(job_id, status, message, error=error)
         self._release_waiting(job_id)

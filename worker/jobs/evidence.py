@@ -1,5 +1,7 @@
 """What the steps of a fine-tuning job hand on to each other, kept as their results."""
 
+from pydantic import Field
+
 from core.errors import FailureCode, RunAborted
 from core.results import Comparison, Evaluation, HeavyTails, RunSummary
 from core.run_spec import CandidateSpec
@@ -9,11 +11,12 @@ from worker.training.evaluate import Measured
 
 
 class Plan(SpecModel):
-    """What is to be trained, and against what."""
+    """What is to be trained, and against what; `adopts` names trials that are these very runs."""
 
     winner: CandidateSpec
     baseline: CandidateSpec
     plain_trials: int | None = None
+    adopts: dict[str, str] = Field(default={})
 
     @property
     def has_own_baseline(self) -> bool:
@@ -35,8 +38,9 @@ class Plan(SpecModel):
         """The full-length run of a scope."""
         candidate = self.winner if scope == "train" else self.baseline
         return RunRequest(
-            scope=scope, objective=candidate.objective, learning_rate=candidate.learning_rate
-        )
+            scope=scope, objective=candidate.objective, learning_rate=candidate.learning_rate,
+            adopts=self.adopts.get(scope),
+        )  # fmt: skip
 
 
 class Trained(SpecModel):

@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from core.ids import IdPrefix, new_id
 from core.lifecycle import EndedBy, Phase
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
-from core.modelref import ModelRef
 from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
 from core.run_spec import CandidateSpec, SearchSpec
 from core.spec import ObjectiveSpec
@@ -24,9 +23,9 @@ from worker.jobs.evidence import Evidence, Plan, Trained, refuse_non_finite, run
 from worker.jobs.flags import raise_flags
 from worker.jobs.publish_run import Publication, publish_run
 from worker.jobs.recommend import make_recommendation, stored_recommendation
-from worker.jobs.runs import abort_unless_complete, train_spec
+from worker.jobs.runs import abort_unless_complete, encoder_of, train_spec
 from worker.jobs.scopes import Reporter, Span
-from worker.jobs.search_trials import Choice, search
+from worker.jobs.search import Choice, search
 from worker.jobs.workbench import Workbench, open_workbench
 from worker.training.evaluate import (
     Measured,
@@ -75,12 +74,11 @@ def run(context: JobContext) -> dict[str, Any]:
     spans = _AUTO_STEPS if isinstance(method, AutoMethod) else _NAMED_STEPS
     context.plan(list(spans))
     check_trackers(context.settings.training.trackers)
-    encoder = context.job.spec.get("encoder")
     bench = open_workbench(
         context,
         spec=train_spec(method),
         splits=(Split.TRAIN, Split.VALIDATION, Split.TEST),
-        encoder=None if encoder is None else ModelRef.model_validate(encoder),
+        encoder=encoder_of(context.job),
     )
     log.info("final runs have %d processes", bench.processes)
     if context.step_result(next(iter(spans))) is None:
@@ -111,6 +109,7 @@ class _FineTune:
                         winner=choice.winner,
                         baseline=choice.baseline,
                         plain_trials=choice.plain_trials,
+                        adopts=choice.adopts,
                     ),
                     choice.summary,
                 )

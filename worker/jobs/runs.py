@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import EndedBy, JobKind
 from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
+from core.modelref import ModelRef
 from core.run_spec import TrainSpec
 from core.spec import MixtureKernelSpec, ObjectiveSpec, PenaltyTerm
 from models.job import Job
@@ -20,12 +21,18 @@ _METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One training run: what is optimised, for how long, under which name."""
+    """One training run: what is optimised, for how long, under which name.
+
+    A trial ends after `stop_after` steps of the whole run; `repeat` numbers its seeds. A final run
+    goes on from the points of the trial `adopts` where that was the same run.
+    """
 
     scope: str
     objective: ObjectiveSpec
     learning_rate: float
-    trial_epochs: float | None = None
+    stop_after: int | None = None
+    repeat: int = 0
+    adopts: str | None = None
 
     @property
     def is_final(self) -> bool:
@@ -37,13 +44,19 @@ def train_spec(method: Method) -> TrainSpec:
     """How the runs of a method train."""
     match method:
         case AutoMethod():
-            return method.auto.hyperparameters.train_spec()
+            return method.auto.train_spec()
         case DpoMethod():
             return method.dpo.hyperparameters.train_spec()
         case KernelDpoMethod():
             return method.kernel_dpo.hyperparameters.train_spec()
         case _:
             assert_never(method)
+
+
+def encoder_of(job: Job) -> ModelRef | None:
+    """The encoder that a job names."""
+    encoder = job.spec.get("encoder")
+    return None if encoder is None else ModelRef.model_validate(encoder)
 
 
 def abort_unless_complete(outcome: RunOutcome, *, scope: str) -> None:
@@ -80,7 +93,7 @@ def splits_with_states(job: Job) -> frozenset[Split]:
 
     Drift is measured on held-out pairs; penalties are for training, and `auto` may try any.
     """
-    if job.kind is not JobKind.TRAINING:
+    if job.kind not in (JobKind.TRAINING, JobKind.SEARCH):
         return frozenset()
     measured = frozenset({Split.VALIDATION, Split.TEST})
     method = _METHOD.validate_python(job.spec["method"])

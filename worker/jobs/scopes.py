@@ -1,10 +1,12 @@
 """One run inside a job: its metrics, its progress and its resume points, in the database."""
 
+import logging
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.experiment import ResumePoint
 from models.repositories.experiments import ExperimentRepository
 from worker.context import JobContext
 from worker.training.checkpoint import (
@@ -16,7 +18,10 @@ from worker.training.checkpoint import (
 )
 from worker.training.folders import FolderDamaged
 
+log = logging.getLogger("kdpo.jobs")
+
 KEPT_POINTS = 2
+TRIAL_SCOPE = "trial:"
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class ScopeHooks:
         """Store the means of a window of steps."""
         with self.context.transaction() as session:
             ExperimentRepository(session).record_metrics(
-                self.context.fence, scope=self.scope, step=step, values=values
-            )
+                self.context.fence, job_id=self.context.home_id, scope=self.scope, step=step,
+                values=values,
+            )  # fmt: skip
 
     def stepped(self, step: int, total: int) -> None:
         """Report progress."""
@@ -81,13 +87,27 @@ class ScopeHooks:
 
 
 class ScopeStore:
-    """`ResumeStore` of one scope: folders of this attempt, rows under its fence."""
+    """`ResumeStore` of one scope: folders of this attempt, rows under its fence.
 
-    def __init__(self, context: JobContext, *, scope: str, identity: Identity) -> None:
+    Points of trials lie with the job whose search it is, for whoever goes on with them. Where the
+    scope has none, one of `adopts` is taken if that was the very same run.
+    """
+
+    def __init__(
+        self, context: JobContext, *, scope: str, identity: Identity, adopts: str | None = None
+    ) -> None:
         self._context = context
         self._scope = scope
         self._identity = identity
+        self._adopts = adopts
         self._last = time.monotonic()
+
+    @property
+    def _folder(self) -> Path:
+        context, name = self._context, self._scope.replace(":", "-")
+        if not self._scope.startswith(TRIAL_SCOPE):
+            return context.attempt_dir / "resume" / name
+        return context.trials_dir / name / f"{context.fence.job_id}-a{context.fence.attempt}"
 
     def is_due(self) -> bool:
         """Whether `checkpoint_every_s` has passed since the last point."""
@@ -96,10 +116,9 @@ class ScopeStore:
     def save(self, state: SavedState) -> None:
         """Write a point, record it, and forget all but the last two."""
         context = self._context
-        folder = context.attempt_dir / "resume" / self._scope.replace(":", "-")
         sealed = write_point(
             state,
-            folder / f"step-{state.step:06d}",
+            self._folder / f"step-{state.step:06d}",
             attempt=context.fence.attempt,
             scope=self._scope,
             identity=self._identity,
@@ -108,17 +127,19 @@ class ScopeStore:
             experiments = ExperimentRepository(session)
             experiments.add_resume_point(
                 context.fence,
+                job_id=context.home_id,
                 scope=self._scope,
                 step=state.step,
                 path=str(sealed.path.relative_to(context.settings.artifact_dir)),
                 manifest_sha256=sealed.sha256,
                 size_bytes=sealed.size_bytes,
             )
-            points = experiments.resume_points(context.fence.job_id, self._scope)
+            points = experiments.resume_points(context.home_id, self._scope)
             oldest_kept = points[min(KEPT_POINTS, len(points)) - 1].step
             dropped = experiments.drop_resume_points(
-                context.fence, scope=self._scope, keep_from_step=oldest_kept
-            )
+                context.fence, job_id=context.home_id, scope=self._scope,
+                keep_from_step=oldest_kept,
+            )  # fmt: skip
         self._remove(dropped)
         self._last = time.monotonic()
 
@@ -129,12 +150,9 @@ class ScopeStore:
         old ones are dropped, and hide that the run makes progress.
         """
         context = self._context
-        with context.database.reading() as session:
-            points = ExperimentRepository(session).resume_points(context.fence.job_id, self._scope)
-        for point in points:
-            path = context.settings.artifact_dir / point.path
+        for point in self._points(self._scope):
             try:
-                return read_point(path, sha256=point.manifest_sha256, identity=self._identity)
+                return self._read(point)
             except (FolderDamaged, IdentityMismatch) as error:
                 context.warn(
                     f"The resume point of `{self._scope}` at step {point.step} is not used.",
@@ -144,14 +162,32 @@ class ScopeStore:
                 with context.transaction() as session:
                     ExperimentRepository(session).forget_resume_point(context.fence, point)
                 self._remove([point.path])
+        return self._adopted()
+
+    def _adopted(self) -> SavedState | None:
+        if self._adopts is None:
+            return None
+        for point in self._points(self._adopts):
+            try:
+                return self._read(point)
+            except (FolderDamaged, IdentityMismatch) as error:
+                log.info("the point of %s is not gone on with: %s", self._adopts, error)
         return None
+
+    def _points(self, scope: str) -> list[ResumePoint]:
+        with self._context.database.reading() as session:
+            return ExperimentRepository(session).resume_points(self._context.home_id, scope)
+
+    def _read(self, point: ResumePoint) -> SavedState:
+        path = self._context.settings.artifact_dir / point.path
+        return read_point(path, sha256=point.manifest_sha256, identity=self._identity)
 
     def clear(self) -> None:
         """Forget and remove all points of the scope: it will not be asked for again."""
         context = self._context
         with context.transaction() as session:
             dropped = ExperimentRepository(session).drop_resume_points(
-                context.fence, scope=self._scope, keep_from_step=2**31 - 1
+                context.fence, job_id=context.home_id, scope=self._scope, keep_from_step=2**31 - 1
             )
         self._remove(dropped)
 

@@ -10,27 +10,23 @@ from core.lifecycle import Phase
 from core.modelref import ModelRef
 from core.run_spec import TrainSpec
 from core.spec import (
-    KernelTerm,
     ObjectiveSpec,
     PenaltyTerm,
 )
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from objectives import (
-    Geometry,
     HybridObjective,
-    PairEmbeddings,
     build_objective,
-    fit_geometry,
 )
 from worker.context import JobContext
 from worker.ingest.canonical import CanonicalRow, Split, read_canonical
+from worker.jobs.kernel_inputs import KernelInputs
 from worker.jobs.rows import canonical_path, check_canonical
 from worker.jobs.runs import RunRequest, splits_with_states, weights_learning_rate
 from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
 from worker.training.checkpoint import Identity
 from worker.training.distributed import resolve_processes, score, train_ranked
-from worker.training.encoder import encode_rows
 from worker.training.evaluate import Measured, measure
 from worker.training.export import versions
 from worker.training.loop import train
@@ -44,7 +40,7 @@ from worker.training.reference import (
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
-from worker.training.run import RunOutcome, TrainingRun
+from worker.training.run import RunHooks, RunOutcome, TrainingRun
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
@@ -54,6 +50,8 @@ from worker.training.trainer import Leave, train_final
 
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
 _PASSES_SHARE = 0.1
+SEEDS_APART = 1_000_003
+"""Between the seeds of a trial and of its repetition."""
 
 
 class Workbench:
@@ -79,7 +77,6 @@ class Workbench:
         self.seed = context.job.seed
         self.threads = threads
         self._folder = folder
-        self._encoder = encoder
         self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
         self.rows: dict[Split, list[CanonicalRow]] = {}
         self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
@@ -92,8 +89,9 @@ class Workbench:
             states_bytes=context.settings.training.reference_states_bytes,
         )
         self._references: dict[tuple[Split, bool], Reference] = {}
-        self._encodings: PairEmbeddings | None = None
-        self._geometries: dict[str, Geometry] = {}
+        self._kernels = KernelInputs(
+            context.settings, encoder=encoder, seed=self.seed, device=policy.device
+        )
 
     @cached_property
     def processes(self) -> int:
@@ -165,9 +163,9 @@ class Workbench:
             self.spec,
             num_pairs=len(self.pairs[Split.TRAIN]),
             hidden_size=self.policy.hidden_size,
-            seed=self.seed,
+            seed=(self.seed + SEEDS_APART * request.repeat) % 2**31,
             learning_rate=request.learning_rate,
-            trial_epochs=request.trial_epochs,
+            stop_after=request.stop_after,
             watched=request.is_final,
         )
 
@@ -181,15 +179,27 @@ class Workbench:
 
     def store(self, request: RunRequest) -> ScopeStore:
         """Where the run keeps its resume points."""
-        return ScopeStore(self.context, scope=request.scope, identity=self._identity(request))
+        return ScopeStore(
+            self.context, scope=request.scope, identity=self._identity(request),
+            adopts=request.adopts,
+        )  # fmt: skip
 
-    def train(self, request: RunRequest, *, span: Span, leave: Leave = "best") -> RunOutcome:
+    def train(
+        self,
+        request: RunRequest,
+        *,
+        span: Span,
+        leave: Leave = "best",
+        hooks: RunHooks | None = None,
+    ) -> RunOutcome:
         """Train, or go on with, or just restore a run; the policy is left with its weights.
 
         Final runs are left with the weights that were the best on validation, or with the last.
+        `hooks` are those of the scope where none are given.
         """
         passes = Span(span.start, span.at(_PASSES_SHARE))
-        hooks = ScopeHooks(self.context, request.scope, Span(passes.end, span.end))
+        if hooks is None:
+            hooks = ScopeHooks(self.context, request.scope, Span(passes.end, span.end))
         plan, rate = self.plan(request), weights_learning_rate(request.objective)
         objective, data = self._inputs(request.objective, passes)
         if not request.is_final:
@@ -226,6 +236,22 @@ class Workbench:
             leave=leave,
         )
 
+    def prepare(self, span: Span) -> None:
+        """Run the passes that trials need, so that none of them is charged with those."""
+        self.reference(span.part(0, 3))
+        if Split.TRAIN in self._with_states:
+            self.reference_states(Split.TRAIN, span.part(1, 3))
+        self.reference_states(Split.VALIDATION, span.part(2, 3))
+
+    def time_steps(self, request: RunRequest, hooks: RunHooks) -> None:
+        """Take the steps of a request and keep nothing of them; `hooks` sees them pass."""
+        objective, data = self._inputs(request.objective, Span(0.0, 0.0))
+        rate = weights_learning_rate(request.objective)
+        train(
+            self.policy, objective, data, plan=self.plan(request), weights_learning_rate=rate,
+            hooks=hooks,
+        )  # fmt: skip
+
     def _held_out(self, span: Span) -> HeldOut:
         states = self.reference_states(Split.VALIDATION, span)
         return HeldOut(self.pairs[Split.VALIDATION], states)
@@ -238,13 +264,12 @@ class Workbench:
         data: TrainingData,
         held_out: HeldOut | None,
     ) -> RankJob:
-        term = objective.kernel_term
         settings = self.context.settings
         return RankJob(
             model=self._folder,
             spec=self.spec,
             objective=objective,
-            geometry=None if term is None else self._geometries[self._source(term)],
+            geometry=self._kernels.geometry(objective.kernel_term),
             data=data,
             plan=plan,
             weights_learning_rate=rate,
@@ -257,7 +282,13 @@ class Workbench:
 
     def _inputs(self, spec: ObjectiveSpec, passes: Span) -> tuple[HybridObjective, TrainingData]:
         table = self.reference(passes.part(0, 3))
-        frozen, geometry = self._kernel_inputs(spec, passes.part(1, 3))
+        frozen, geometry = None, None
+        if spec.kernel_term is not None:
+            frozen, geometry = self._kernels.of(
+                spec.kernel_term, reference=lambda: table.embeddings,
+                rows=self.rows[Split.TRAIN],
+                progress=Reporter(self.context, "texts", passes.part(1, 3)),
+            )  # fmt: skip
         head = self.policy.reference_head or self.policy.head
         data = TrainingData(
             pairs=self.pairs[Split.TRAIN],
@@ -306,53 +337,25 @@ class Workbench:
         )
 
     def _identity(self, request: RunRequest) -> Identity:
-        """Everything that must be the same for a run to go on exactly."""
+        """Everything that must be the same for a run to go on exactly, to wherever it goes."""
+        plan, encoder = self.plan(request).as_dict(), self._kernels.encoder
+        del plan["stop_after"]
         return {
             **self.hashes,
             "reference": self.reference_key,
             "objective": request.objective.model_dump_json(),
-            **{f"plan.{name}": value for name, value in self.plan(request).as_dict().items()},
+            **{f"plan.{name}": value for name, value in plan.items()},
             "adaptation": self.spec.adaptation,
             "lora": None if self.policy.is_full else self.spec.lora.model_dump_json(),
             "gradient_checkpointing": self.spec.gradient_checkpointing,
             "processes": self.processes if request.is_final else 1,
             "sharding": self.context.settings.training.sharding if request.is_final else "none",
-            "encoder": None if self._encoder is None else self._encoder.model_dump_json(),
+            "encoder": None if encoder is None else encoder.model_dump_json(),
             "reference_states_bytes": self.context.settings.training.reference_states_bytes,
             "threads": self.threads,
             "device": self.policy.device.type,
             **{f"version.{name}": number for name, number in versions().items()},
         }
-
-    def _kernel_inputs(
-        self, objective: ObjectiveSpec, span: Span
-    ) -> tuple[PairEmbeddings | None, Geometry | None]:
-        """Frozen embeddings where the kernel sees those, and the frame fitted on what it sees."""
-        term = objective.kernel_term
-        if term is None:
-            return None, None
-        embeddings = self.reference(span).embeddings
-        source = self._source(term)
-        if source == "encoder":
-            assert self._encoder is not None
-            embeddings = self._encoded(self._encoder, span)
-        if source not in self._geometries:
-            self._geometries[source] = fit_geometry(embeddings, seed=self.seed)
-        return (embeddings if term.embedding == "encoder" else None), self._geometries[source]
-
-    def _source(self, term: KernelTerm) -> str:
-        """Whose embeddings the kernel's frame is fitted on."""
-        return "encoder" if term.embedding == "encoder" and self._encoder else "reference"
-
-    def _encoded(self, encoder: ModelRef, span: Span) -> PairEmbeddings:
-        if self._encodings is None:
-            self._encodings = encode_rows(
-                fetch(encoder, self.context.settings),
-                self.rows[Split.TRAIN],
-                device=self.policy.device,
-                progress=Reporter(self.context, "texts", span),
-            )
-        return self._encodings
 
 
 def open_workbench(

@@ -76,13 +76,13 @@ def resolve_plan(
     hidden_size: int,
     seed: int,
     learning_rate: float | None = None,
-    trial_epochs: float | None = None,
+    stop_after: int | None = None,
     watched: bool = False,
 ) -> TrainPlan:
     """Resolve a spec against model and data; `learning_rate` stands above the spec's.
 
-    A trial is the first `trial_epochs` of the whole run, or all of it where that is shorter. Only
-    a `watched` run is scored on validation while it runs.
+    A trial is the first `stop_after` steps of the whole run, or all of it where that is shorter.
+    Only a `watched` run is scored on validation while it runs.
     """
     if learning_rate is None:
         given, full = spec.learning_rate, spec.adaptation == "full"
@@ -92,7 +92,6 @@ def resolve_plan(
     total = max(1, round(spec.n_epochs * steps_per_epoch))
     if spec.max_steps is not None:
         total = min(total, spec.max_steps)
-    trial = None if trial_epochs is None else max(1, round(trial_epochs * steps_per_epoch))
     return TrainPlan(
         learning_rate=learning_rate,
         total_steps=total,
@@ -105,7 +104,7 @@ def resolve_plan(
         eval_steps=_eval_steps(spec.eval_every, total) if watched else None,
         patience=spec.early_stopping_patience if watched else None,
         micro_tokens=spec.micro_batch_tokens or 0,
-        stop_after=None if trial is None else min(trial, total),
+        stop_after=None if stop_after is None else min(stop_after, total),
     )
 
 

@@ -1,0 +1,238 @@
+"""The search step of an `auto` job: its plan, its tasks, and whom it chooses in the end.
+
+Every part is a row before the next begins: a job killed between any two lines goes on with the
+same tasks and, with the same results, ends with the same winner.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import orjson
+from pydantic import Field
+
+from core.errors import FailureCode, RunAborted
+from core.lifecycle import Phase
+from core.profile import Recommendation
+from core.results import SearchSummary
+from core.run_spec import CandidateSpec, SearchSpec
+from core.spec import SpecModel
+from models.experiment import StudyRow, TrialRow
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.searches import SearchRepository, TaskRecord
+from selection.rungs import answer
+from selection.study import Plan, Study
+from selection.winner import FinishedTrial, select_winner
+from selection.wire import plan_from_json, plan_to_json
+from worker.context import JobContext
+from worker.ingest.canonical import Split
+from worker.jobs.runs import RunRequest
+from worker.jobs.scopes import Span
+from worker.jobs.search_plan import make_plan
+from worker.jobs.search_record import record_trials
+from worker.jobs.search_tasks import known, losses_path, scope_of, work
+from worker.jobs.workbench import Workbench
+from worker.training.evaluate import Floats, Ints, clustered_standard_error, pair_groups
+
+_PREPARED = 0.1
+
+
+class Choice(SpecModel):
+    """What a search ends with: its winner, and the best of the plain DPO it saw.
+
+    `adopts` names the trials that are already the whole runs of the winner and of plain DPO.
+    """
+
+    winner: CandidateSpec
+    baseline: CandidateSpec
+    plain_trials: int
+    adopts: dict[str, str] = Field(default={})
+    summary: SearchSummary
+
+
+def search(
+    bench: Workbench, spec: SearchSpec, recommendation: Recommendation, *, span: Span
+) -> Choice:
+    """Do the tasks that are left, with whoever helps, and choose the winner.
+
+    Raises:
+        RunAborted: no trial ended within the constraints (`budget_exhausted`).
+        CancelRequested, Preempted: the attempt was asked to stop.
+        LeaseLost: another attempt owns the job.
+    """
+    context = bench.context
+    context.phase(Phase.SEARCHING)
+    bench.prepare(Span(span.start, span.at(_PREPARED)))
+    study = _study(bench, spec, recommendation)
+    work(bench, study.id, span=Span(span.at(_PREPARED), span.end), patience_s=None)
+    context.raise_if_stopped()
+    with context.database.reading() as session:
+        repository = SearchRepository(session)
+        study = repository.of(study.id)
+        state, records = known(repository, study)
+    record_trials(context, study, [record.trial for record in records])
+    choice = _choose(bench, study, state, records)
+    _clear(bench, records, kept=set(choice.adopts.values()))
+    return choice
+
+
+def _study(bench: Workbench, spec: SearchSpec, recommendation: Recommendation) -> StudyRow:
+    context = bench.context
+    with context.database.reading() as session:
+        study = ExperimentRepository(session).study_of(context.fence.job_id)
+    if study is not None:
+        return study
+    shape, plan = make_plan(bench, spec, recommendation)
+    with context.transaction() as session:
+        return SearchRepository(session).create(
+            context.fence, owner_id=context.job.owner_id, spec=spec.model_dump(mode="json"),
+            plan=plan_to_json(plan), shape=shape,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------ the winner
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A configuration that may win: its trials at the rung that counts, one of each seed."""
+
+    trials: tuple[TrialRow, ...]
+    log_loss: float
+    drift: float
+    feasible: bool
+    losses: Floats | None
+
+    @property
+    def trial(self) -> TrialRow:
+        """The trial with the search's own seed."""
+        return self.trials[0]
+
+
+def _choose(
+    bench: Workbench, study: StudyRow, state: Study, records: Sequence[TaskRecord]
+) -> Choice:
+    plan = plan_from_json(study.plan)
+    rung = answer(plan, state).rung
+    if rung is None:
+        raise RunAborted(
+            f"no usable trial: none of {len({r.trial.id for r in records})} ended with a log-loss "
+            f"within the constraints ({study.stop_reason})",
+            failure=FailureCode.BUDGET_EXHAUSTED,
+            hint="raise drift_budget or the budget of the search, or lower the learning rate",
+        )
+    configs = _configs(bench.context, plan, records, rung)
+    group = pair_groups(bench.pairs[Split.VALIDATION])
+    selection = select_winner(_finished(configs, group))
+    assert selection.winner is not None, "a rung that was reached has a feasible trial"
+    by_number = {config.trial.number: config for config in configs}
+    winner = by_number[selection.winner]
+    plain = [config for config in configs if config.trial.arm == plan.plain.name]
+    best = min(plain, key=lambda config: (config.log_loss, config.trial.number), default=None)
+    wins = CandidateSpec.model_validate(winner.trial.candidate)
+    baseline = plan.plain.candidate if best is None else best.trial.candidate
+    adopts = {"train": scope_of(winner.trial.number)} if rung == plan.last else {}
+    if best is not None and rung == plan.last:
+        adopts["baseline"] = scope_of(best.trial.number)
+    return Choice(
+        winner=wins,
+        baseline=wins
+        if wins.objective.is_plain_dpo
+        else CandidateSpec.model_validate(baseline, from_attributes=True),
+        plain_trials=len({r.trial.id for r in records if r.trial.arm == plan.plain.name}),
+        adopts=adopts,
+        summary=SearchSummary(
+            study_id=study.id,
+            trials=len({r.trial.id for r in records}),
+            infeasible=len({r.trial.id for r in records if r.trial.feasible is False}),
+            winner_trial=selection.winner,
+            tied_trials=selection.tied,
+            stopped_by=cast('Literal["finished", "decided", "budget"]', study.stopped_by),
+            sentence=selection.reason,
+        ),
+    )
+
+
+def _configs(
+    context: JobContext, plan: Plan, records: Sequence[TaskRecord], rung: int
+) -> list[_Config]:
+    """Configurations that were measured at a rung; seeds of one are averaged, pair by pair."""
+    found: dict[tuple[str, int], list[TaskRecord]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.trial.repeat, r.trial.number)):
+        if record.task.rung == rung and record.task.log_loss is not None:
+            found[record.trial.arm, record.trial.draw].append(record)
+    configs, lost = [], []
+    for tasks in found.values():
+        losses = [_losses(context, task) for task in tasks]
+        known_losses = [each for each in losses if each is not None]
+        if len(known_losses) < len(losses):
+            lost += [task.trial.number for task in tasks]
+        drifts = [math.inf if task.task.drift is None else task.task.drift for task in tasks]
+        drift = max(drifts)
+        configs.append(
+            _Config(
+                trials=tuple(task.trial for task in tasks),
+                log_loss=float(np.mean([task.task.log_loss for task in tasks])),
+                drift=drift,
+                feasible=plan.drift_budget is None or drift <= plan.drift_budget,
+                losses=np.mean(known_losses, axis=0) if len(known_losses) == len(losses) else None,
+            )
+        )
+    if lost:
+        context.warn(
+            f"The losses of trials {lost} are not on this server; their ties are decided with the "
+            "standard errors of independent trials.",
+            trials=lost,
+        )
+    return configs
+
+
+def _losses(context: JobContext, record: TaskRecord) -> Floats | None:
+    path = losses_path(context, record.trial.number, record.task.rung)
+    if not path.is_file():
+        return None
+    return np.array(orjson.loads(path.read_bytes()), dtype=np.float64)
+
+
+def _finished(configs: Sequence[_Config], group: Ints) -> list[FinishedTrial]:
+    """Trials as the winner is chosen from, with paired standard errors against the best one."""
+    usable = [config for config in configs if config.feasible]
+    best = min(usable, key=lambda config: (config.log_loss, config.trial.number))
+    return [
+        FinishedTrial(
+            number=config.trial.number,
+            label=CandidateSpec.model_validate(config.trial.candidate).objective.label,
+            log_loss=config.log_loss,
+            drift=config.drift,
+            feasible=config.feasible,
+            standard_error=_paired_error(config, best, group),
+        )
+        for config in configs
+    ]
+
+
+def _paired_error(config: _Config, best: _Config, group: Ints) -> float:
+    """Standard error of (log-loss - the best one's): how hard a pair is cancels in it."""
+    if config is best:
+        return 0.0
+    if config.losses is not None and best.losses is not None:
+        return clustered_standard_error(config.losses - best.losses, group)
+    return math.hypot(*(float(each.trial.metrics["standard_error"]) for each in (config, best)))
+
+
+def _clear(bench: Workbench, records: Sequence[TaskRecord], *, kept: set[str]) -> None:
+    """Remove the resume points of all trials that no final run goes on from."""
+    for trial in {record.trial.id: record.trial for record in records}.values():
+        if scope_of(trial.number) not in kept:
+            clear_trial(bench, trial)
+
+
+def clear_trial(bench: Workbench, trial: TrialRow) -> None:
+    """Remove the resume points of a trial."""
+    candidate = CandidateSpec.model_validate(trial.candidate)
+    bench.store(
+        RunRequest(scope_of(trial.number), candidate.objective, candidate.learning_rate)
+    ).clear()
