@@ -42,6 +42,14 @@ class Progress(Thing):
     eta_seconds: float | None = None
 
 
+class ProgressEvent(Thing):
+    """Where a job is now, as an event stream tells it."""
+
+    progress: Progress
+    phase: str | None = None
+    version: int | None = None
+
+
 class QueuePlace(Thing):
     """Where a queued job stands; position 1 is next."""
 

@@ -1,25 +1,35 @@
 """Follows a job to its end: by server-sent events, and by polling where no stream comes through."""
 
-import json
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from kdpo.errors import ApiError, ConnectionFailed, JobCancelled, JobFailed, JobPaused, TimedOut
-from kdpo.flows import Close, Effect, Emit, Flow, Request, Sleep, Stream, read_stream
+from kdpo.errors import (
+    ApiError,
+    ConnectionFailed,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobPaused,
+    TimedOut,
+)
+from kdpo.flows import Close, Effect, Emit, Flow, QueryValue, Request, Sleep, Stream, read_stream
 from kdpo.sending import Policy, opened, parsed, sent
 from kdpo.sse import EventParser, ServerEvent
-from kdpo.types import Event, Job, Progress, Update
+from kdpo.types import Event, Job, ProgressEvent, Update
 
 # A server says something at least every 15 s; silence for longer is a proxy that keeps the stream.
 SILENCE_S = 25.0
 POLL_FIRST_S = 0.5
 POLL_MAX_S = 5.0
+LONG_POLL_S = 20.0
+ANSWER_S = 30.0
 # Streams that break without having said anything new; then the job is polled.
 MAX_EMPTY_STREAMS = 3
 _STREAM = "text/event-stream"
+NO_CONTENT = 204
 _MOVES = frozenset({"job.status", "job.phase", "job.step", "done"})
 _NO_STREAM = frozenset({404, 405, 406, 415, 422, 429, 501})
 
@@ -36,19 +46,25 @@ class _State:
     last_event_id: str | None = None
     etag: str | None = None
     empty_streams: int = 0
-    news: int = field(default=0)
+    news: int = 0
+    waits: bool = True
 
 
 @dataclass(frozen=True)
 class Clock:
     """When watching has to end; `now` is injected, so that tests need no waiting."""
 
-    now: Any
+    now: Callable[[], float]
     deadline: float | None
 
     def left_s(self) -> float | None:
         """Return the seconds that are left; None without a deadline."""
         return None if self.deadline is None else self.deadline - self.now()
+
+    def cut(self, seconds: float) -> float:
+        """Return the seconds, or those that are left when they are fewer."""
+        left = self.left_s()
+        return seconds if left is None else max(0.0, min(seconds, left))
 
     def check(self, job: Job) -> None:
         """Make sure that time is left.
@@ -82,7 +98,10 @@ def watching(
     )
     yield Emit(Update(job=state.job))
     streams = stream
-    while not _is_over(state.job):
+    # A job that is over may have events that are asked for; only a stream tells them.
+    asked = stream and after is not None
+    while asked or not _is_over(state.job):
+        asked = False
         clock.check(state.job)
         if streams:
             streams = yield from _stream(state)
@@ -126,13 +145,17 @@ def _stream(state: _State) -> Generator[Effect | Emit[Update], Any, bool]:
     headers = {"Accept": _STREAM, "Cache-Control": "no-cache"}
     if state.last_event_id is not None:
         headers["Last-Event-ID"] = state.last_event_id
-    request = Request(
-        "GET", f"/v1/jobs/{state.job.id}/events", headers=headers, read_timeout_s=SILENCE_S
-    )
+    path = f"/v1/jobs/{state.job.id}/events"
+    silence_s = max(0.1, state.clock.cut(SILENCE_S))
+    request = Request("GET", path, headers=headers, read_timeout_s=silence_s)
     before = state.news
     parser = EventParser(last_id=state.last_event_id)
     try:
         stream = yield from opened(request)
+        if stream.status == NO_CONTENT:  # it has ended, and all events have come
+            state.job = yield from get_job(state.job.id, state.policy)
+            yield Emit(Update(job=state.job))
+            return state.job.ended
         if not stream.headers.get("content-type", "").startswith(_STREAM):
             yield Close(stream)
             return False
@@ -150,14 +173,8 @@ def _stream(state: _State) -> Generator[Effect | Emit[Update], Any, bool]:
     state.empty_streams = 0 if state.news > before else state.empty_streams + 1
     if state.empty_streams >= MAX_EMPTY_STREAMS:
         return False
-    yield Sleep(
-        state.policy.pause_s(
-            state.empty_streams + 1,
-            None if parser.retry_ms is None else min(parser.retry_ms / 1000, POLL_MAX_S),
-        )
-        if state.empty_streams
-        else POLL_FIRST_S
-    )
+    asked = None if parser.retry_ms is None else min(parser.retry_ms / 1000, POLL_MAX_S)
+    yield Sleep(state.clock.cut(state.policy.pause_s(state.empty_streams + 1, asked)))
     return True
 
 
@@ -168,8 +185,8 @@ def _events(
     while chunk := (yield from read_stream(stream)):
         for said in parser.feed(chunk):
             state.last_event_id = said.id or state.last_event_id
-            state.news += 1
-            event = _event(said)
+            state.news += said.type != "snapshot"
+            event, before = _event(said), state.job
             if said.type == "snapshot":
                 state.job = _snapshot(said, state.job)
             elif said.type == "job.progress":
@@ -177,8 +194,9 @@ def _events(
             elif said.type in _MOVES:
                 # The job's row is the truth: it says where the event has led.
                 state.job = yield from get_job(state.job.id, state.policy)
-            yield Emit(Update(job=state.job, event=event))
-            if _is_over(state.job):
+            if event is not None or state.job != before:
+                yield Emit(Update(job=state.job, event=event))
+            if said.type == "done" or state.job.status == "paused":
                 return True
         state.clock.check(state.job)
     return False
@@ -200,39 +218,58 @@ def _snapshot(said: ServerEvent, known: Job) -> Job:
 
 
 def _progressed(job: Job, said: ServerEvent) -> Job:
-    """Return the job with the progress that an event tells; as it is when it tells none."""
+    """Return the job with what a progress event tells of it; as it is when it tells nothing."""
     try:
-        data = json.loads(said.data)
-        told = data.get("data", data)
-        progress = Progress.model_validate(told.get("progress", told))
-    except (ValueError, AttributeError):
+        told = ProgressEvent.model_validate_json(said.data)
+    except ValidationError:
         return job
-    changes: dict[str, Any] = {"progress": progress}
-    if isinstance(told.get("phase"), str):
-        changes["phase"] = told["phase"]
-    return job.model_copy(update=changes)
+    return job.model_copy(
+        update={
+            "progress": told.progress,
+            "phase": told.phase or job.phase,
+            "version": told.version or job.version,
+        }
+    )
 
 
 # ------------------------------------------------------------------ polls
 
 
 def _poll(state: _State) -> Watch:
-    """Ask for the job until it is over; an unchanged one costs a 304."""
+    """Ask for the job until it is over; the server keeps the question until something changes."""
     pause = POLL_FIRST_S
     while not _is_over(state.job):
         state.clock.check(state.job)
-        left = state.clock.left_s()
-        yield Sleep(pause if left is None else max(0.0, min(pause, left)))
-        headers = {} if state.etag is None else {"If-None-Match": state.etag}
-        request = Request("GET", f"/v1/jobs/{state.job.id}", headers=headers)
-        reply = yield from sent(request, state.policy)
-        state.etag = reply.headers.get("etag", state.etag)
-        if reply.status == 304:
-            pause = min(pause * 1.5, POLL_MAX_S)
-            continue
-        job = parsed(Job, reply.content)
-        pause = min(pause * 1.2, POLL_MAX_S) if job == state.job else POLL_FIRST_S
-        if job != state.job:
-            state.job = job
-            yield Emit(Update(job=job))
+        yield Sleep(state.clock.cut(pause))
+        changed = yield from _ask(state)
+        # A server that answers at once that nothing is new does not keep questions.
+        pause = POLL_FIRST_S if changed or state.waits else min(pause * 1.5, POLL_MAX_S)
+        if changed:
+            yield Emit(Update(job=state.job))
     return state.job
+
+
+def _ask(state: _State) -> Flow[bool]:
+    """Ask once; return whether the job has changed."""
+    query: dict[str, QueryValue] = {}
+    held_s = 0.0
+    if state.waits and state.job.version is not None:
+        held_s = state.clock.cut(LONG_POLL_S)
+        query = {"wait": round(held_s, 1), "if_version": state.job.version}
+    headers = {} if state.etag is None else {"If-None-Match": state.etag}
+    request = Request(
+        "GET", f"/v1/jobs/{state.job.id}", query=query, headers=headers,
+        read_timeout_s=held_s + ANSWER_S,
+    )  # fmt: skip
+    try:
+        reply = yield from sent(request, state.policy)
+    except InvalidRequest:
+        if not state.waits:
+            raise
+        state.waits = False
+        return False
+    state.etag = reply.headers.get("etag", state.etag)
+    if reply.status == 304:
+        return False
+    before, state.job = state.job, parsed(Job, reply.content)
+    return state.job != before
