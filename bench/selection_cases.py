@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from core.settings import DataLimits
 from core.spec import BASE_KERNELS, DivergenceName, KernelTerm, ObjectiveSpec, PenaltyTerm
 from objectives import Geometry, build_objective, fit_geometry
 from selection.features import ReferenceFeatures
-from selection.profile import profile_dataset
+from selection.profile import MAX_PAIRS, profile_dataset, sampled_rows
 from selection.recommender import recommend
 from worker.ingest.canonical import Split, read_canonical
 from worker.ingest.pipeline import CANONICAL_NAME, ingest
-from worker.training.evaluate import TrialScore, measure, pair_groups, trial_score
+from worker.training.evaluate import Measured, TrialScore, measure, pair_groups, trial_score
 from worker.training.loop import train
 from worker.training.model import Policy
 from worker.training.resolve import TrainPlan, resolve_plan
@@ -146,8 +146,10 @@ class OpenCase:
     about: dict[str, Any]
 
     def profile(self) -> DatasetProfile:
-        """All metrics, as a recommendation job measures them."""
-        return profile_dataset(self.features, seed=self.seed)
+        """All metrics, of the pairs that a recommendation job of this seed measures."""
+        rows = sampled_rows([p.group_id for p in self.data.pairs], limit=MAX_PAIRS, seed=self.seed)
+        whole = (self.features.pairs, self.features.prompts)
+        return profile_dataset(self.features.take(rows), seed=self.seed, drawn_from=whole)
 
     def run(self, objective: ObjectiveSpec, *, at: Sequence[int] = RUNGS) -> dict[str, Any]:
         """Train from the reference's weights and score on validation, and on the way at steps `at`.
@@ -173,11 +175,15 @@ class OpenCase:
 
     def score(self) -> TrialScore | None:
         """The policy as it stands, on validation; None where it gives no finite numbers."""
-        measured = measure(
-            self.policy, self.validation, reference=self.validation_states,
+        measured = self.measured()
+        return trial_score(measured) if measured.is_finite else None
+
+    def measured(self, number: int | None = None) -> Measured:
+        """The policy as it stands, on the first so many validation pairs, or on all."""
+        return measure(
+            self.policy, self.validation[:number], reference=self.validation_states,
             progress=lambda done, total: None,
         )  # fmt: skip
-        return trial_score(measured) if measured.is_finite else None
 
     def shuffles(self, number: int) -> dict[str, int]:
         """How often the recommender claims something when labels are drawn by lot (`claims`)."""
@@ -236,10 +242,13 @@ def open_case(
     steps: int = BUDGET["steps"],
     validation_pairs: int = VALIDATION_PAIRS,
     train_pairs: int | None = None,
+    held_out: Mapping[str, float] = HELD_OUT,
+    longest: int | None = None,
 ) -> OpenCase:
     """Read a file, split it by the seed, and run the reference over it once.
 
-    Of training pairs the first `train_pairs` are taken, or all.
+    Of training pairs the first `train_pairs` are taken, or all; pairs of more than `longest`
+    tokens are left out of both splits.
 
     Raises:
         RuntimeError: the file cannot become a dataset.
@@ -247,7 +256,7 @@ def open_case(
     started = time.perf_counter()
     result = ingest(
         source, out_dir=scratch, dataset_id="bench",
-        policy=DatasetPolicy(split=SplitPolicy(seed=seed, **HELD_OUT)), limits=DataLimits(),
+        policy=DatasetPolicy(split=SplitPolicy(seed=seed, **held_out)), limits=DataLimits(),
         on_progress=lambda done, total: None,
     )  # fmt: skip
     if result.failure is not None:
@@ -259,8 +268,12 @@ def open_case(
         )
         for name in (Split.TRAIN, Split.VALIDATION)
     }  # fmt: skip
-    pairs = split[Split.TRAIN].pairs[:train_pairs]
-    validation = split[Split.VALIDATION].pairs[:validation_pairs]
+    short = {
+        name: [p for p in part.pairs if longest is None or p.length <= longest]
+        for name, part in split.items()
+    }
+    pairs = tuple(short[Split.TRAIN][:train_pairs])
+    validation = tuple(short[Split.VALIDATION][:validation_pairs])
     store = ReferenceStore(
         scratch / "reference", max_bytes=2 * _STATES_BYTES, states_bytes=_STATES_BYTES
     )

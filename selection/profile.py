@@ -1,6 +1,8 @@
 """All metrics of one dataset under one reference model."""
 
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +22,7 @@ from core.spec import (
 from objectives.build import build_kernel
 from objectives.geometry import fit_geometry
 from objectives.types import Kernel, PairEmbeddings
-from selection.features import ReferenceFeatures, group_index
+from selection.features import ReferenceFeatures
 from selection.metrics.bootstrap import estimate, group_weights, weighted_mean
 from selection.metrics.distances import RandomPairs, kernel_distances, random_pairs
 from selection.metrics.kpa import (
@@ -46,7 +48,7 @@ from selection.metrics.reference import (
 )
 from selection.metrics.tat import tat
 
-MAX_PAIRS = 2000
+MAX_PAIRS = 1000
 RESAMPLES = 200
 
 MEMBERS: tuple[KernelSpec, ...] = (
@@ -75,12 +77,13 @@ def profile_dataset(
 ) -> DatasetProfile:
     """Compute every metric with its interval over `bootstrap` resamples of prompts.
 
-    Above `max_pairs` all metrics are of the pairs at `sampled_rows`; the kernel preference
-    accuracy is O(pairs^3). `drawn_from` are the pairs and prompts of the whole when `features` are
-    already those of such a sample. `labels` has an origin for each pair of `features`: without it
-    no suspicious pair is named. Deterministic in features and seed.
+    Above `max_pairs` all metrics are of the pairs at `sampled_rows`, with prompts named by their
+    numbers; the kernel preference accuracy is O(pairs^3). `drawn_from` are the pairs and prompts
+    of the whole when `features` are already those of a sample. `labels` has an origin for each
+    pair of `features`: without it no suspicious pair is named. Deterministic in features and seed.
     """
-    rows = sampled_rows(features.group, limit=max_pairs, seed=seed)
+    prompts_of = [str(number) for number in features.group.tolist()]
+    rows = sampled_rows(prompts_of, limit=max_pairs, seed=seed)
     sample = features.take(rows)
     generator = torch.Generator().manual_seed(seed)
     weights = group_weights(sample.group, resamples=bootstrap, generator=generator)
@@ -111,23 +114,32 @@ def _taken(labels: LabelFacts | None, rows: Tensor) -> LabelFacts | None:
     return replace(labels, origins=tuple(labels.origins[row] for row in rows.tolist()))
 
 
-def sampled_rows(group: Tensor, *, limit: int, seed: int) -> Tensor:
-    """Return the rows of whole prompts, drawn at random, that fit into `limit` pairs, in order.
+def prompt_order(prompts: Iterable[str], *, seed: int) -> list[str]:
+    """Return the different prompts, by the SHA-256 of `seed` and their ids.
 
-    Prompts come in an order that depends on their number and `seed` only, until the next one
+    Where a prompt stands among others does not depend on which others there are.
+    """
+    return sorted(set(prompts), key=lambda p: hashlib.sha256(f"{seed} {p}".encode()).digest())
+
+
+def sampled_rows(group: Sequence[str], *, limit: int, seed: int) -> Tensor:
+    """Return the rows of whole prompts that fit into `limit` pairs, in order, (n,) int64.
+
+    `group` has the prompt of each pair. Prompts are taken in `prompt_order` until the next one
     would pass the limit: a smaller limit draws a part of a larger one's. Two prompts at least are
     kept, whatever their size: less cannot be cross-validated.
     """
-    if group.shape[0] <= limit:
-        return torch.arange(group.shape[0])
-    index = group_index(group)
-    counts = torch.bincount(index)
-    order = torch.randperm(counts.numel(), generator=torch.Generator().manual_seed(seed))
-    fits = counts[order].cumsum(0) <= limit
-    fits[:2] = True
-    kept = torch.zeros(counts.numel(), dtype=torch.bool)
-    kept[order[fits]] = True
-    return kept[index].nonzero().squeeze(-1)
+    if len(group) <= limit:
+        return torch.arange(len(group))
+    counts = Counter(group)
+    kept: set[str] = set()
+    taken = 0
+    for prompt in prompt_order(counts, seed=seed):
+        taken += counts[prompt]
+        if taken > limit and len(kept) >= 2:
+            break
+        kept.add(prompt)
+    return torch.tensor([row for row, prompt in enumerate(group) if prompt in kept])
 
 
 def _kernel_metrics(

@@ -30,6 +30,7 @@ EARLY, ABOVE, MOST = 8, 20, 24
 def _large_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recommend, "PROVISIONAL_PAIRS", EARLY)
     monkeypatch.setattr(recommend, "PROVISIONAL_ABOVE", ABOVE)
+    monkeypatch.setattr(recommend, "PROVISIONAL_ABOVE_S", 0.0)
     monkeypatch.setattr(recommend, "MAX_PAIRS", MOST)
 
 
@@ -199,10 +200,11 @@ def test_what_an_accepted_recommendation_trains_names_it(world: TrainingWorld) -
     assert "| Recommendation | rec_1 |" in card
 
 
-def test_small_data_are_answered_once(
-    world: TrainingWorld, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "value"), [("ABOVE", MOST), ("ABOVE_S", 3600.0)])
+def test_small_data_and_short_passes_are_answered_once(
+    world: TrainingWorld, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    monkeypatch.setattr(recommend, "PROVISIONAL_ABOVE", MOST)
+    monkeypatch.setattr(recommend, f"PROVISIONAL_{name}", value)
     job = asked(world)
     world.attempt(recommend.run)
     found = stored(world, job)

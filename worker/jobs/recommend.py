@@ -4,13 +4,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from core.errors import FailureCode, RunAborted
 from core.lifecycle import Phase
 from core.profile import DatasetProfile, Recommendation
 from core.run_spec import TrainSpec
 from models.repositories.experiments import ExperimentRepository
+from selection.features import ReferenceFeatures
 from selection.history import refine
 from selection.metrics.noise import LabelFacts, Origin
 from selection.profile import MAX_PAIRS, profile_dataset, sampled_rows
@@ -20,12 +19,16 @@ from worker.ingest.canonical import Split
 from worker.jobs.past import past_searches
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import Workbench, open_workbench
-from worker.training.evaluate import pair_groups
+from worker.training.batches import computed_tokens
+from worker.training.reference import compute_reference
 from worker.training.tokenize import TokenizedPair
 
-# The early answer costs a second pass over its pairs: worth it where they are an eighth at most.
-PROVISIONAL_PAIRS = 128
-PROVISIONAL_ABOVE = 1024
+# The early answer costs a second pass over its pairs: worth it where they are an eighth at most,
+# and where the whole pass keeps somebody waiting.
+PROVISIONAL_PAIRS = 100
+PROVISIONAL_ABOVE = 8 * PROVISIONAL_PAIRS
+PROVISIONAL_ABOVE_S = 30.0
+_TIMED_PAIRS = 8
 _METRICS_BEGIN = 0.8
 _EARLY_SHARE = 0.1
 
@@ -62,7 +65,7 @@ def run(context: JobContext) -> dict[str, Any]:
     laps = Laps()
     bench = open_workbench(context, spec=TrainSpec(), splits=())
     laps.end("model")
-    bench.load_split(Split.TRAIN)
+    bench.load_sample(Split.TRAIN, limit=MAX_PAIRS)
     laps.end("tokenize")
     for warning in bench.warnings:
         context.warn(warning)
@@ -85,10 +88,10 @@ def make_recommendation(bench: Workbench, *, span: Span) -> tuple[str, Recommend
     check_prompts(pairs)
     bench.context.phase(Phase.COMPUTING_METRICS)
     table = bench.reference(Span(span.start, span.at(_METRICS_BEGIN)))
-    profile = profile_dataset(
-        table.features(pairs), seed=bench.seed, labels=_label_facts(bench, pairs)
-    )
-    recommendation = _ranked(bench, profile)
+    rows = sampled_rows([pair.group_id for pair in pairs], limit=MAX_PAIRS, seed=bench.seed)
+    sample = [pairs[row] for row in rows.tolist()]
+    features = table.features(pairs).take(rows)
+    recommendation = _ranked(bench, _profiled(bench, sample, features, limit=MAX_PAIRS))
     return _store(bench, recommendation), recommendation
 
 
@@ -112,39 +115,64 @@ def _recommend_from_sample(bench: Workbench, laps: Laps) -> str:
     The early answer is of a part of the same sample, by the same rule, and says so.
     """
     bench.context.phase(Phase.COMPUTING_METRICS)
-    span = Span(0.0, _METRICS_BEGIN)
-    if len(_drawn(bench, MAX_PAIRS)) > PROVISIONAL_ABOVE:
+    span, sample = Span(0.0, _METRICS_BEGIN), bench.pairs[Split.TRAIN]
+    if len(sample) > PROVISIONAL_ABOVE and _expected_s(bench, sample) > PROVISIONAL_ABOVE_S:
         early = Span(span.start, span.at(_EARLY_SHARE))
         span = Span(early.end, span.end)
-        _store(bench, _provisional(_measured(bench, PROVISIONAL_PAIRS, early, Laps())))
+        group = [pair.group_id for pair in sample]
+        rows = sampled_rows(group, limit=PROVISIONAL_PAIRS, seed=bench.seed).tolist()
+        few = [sample[row] for row in rows]
+        found = _measured(bench, few, early, Laps(), limit=PROVISIONAL_PAIRS)
+        _store(bench, _provisional(found))
         laps.end("provisional")
-    recommendation = _measured(bench, MAX_PAIRS, span, laps)
+    recommendation = _measured(bench, sample, span, laps, limit=MAX_PAIRS)
     recommendation_id = _store(bench, recommendation)
     laps.end("store")
     return recommendation_id
 
 
-def _drawn(bench: Workbench, limit: int) -> list[TokenizedPair]:
-    pairs = bench.pairs[Split.TRAIN]
-    group = torch.from_numpy(pair_groups(pairs))
-    return [pairs[row] for row in sampled_rows(group, limit=limit, seed=bench.seed).tolist()]
+def _expected_s(bench: Workbench, sample: Sequence[TokenizedPair]) -> float:
+    """How many seconds the reference will take, from how long a few of the pairs do."""
+    form = bench.policy.form
+    timed = sample[:_TIMED_PAIRS]
+    began = time.monotonic()
+    compute_reference(bench.policy, timed, progress=_unheard)
+    tokens, of = (sum(computed_tokens(p, form) for p in pairs) for pairs in (timed, sample))
+    return (time.monotonic() - began) * of / tokens
 
 
-def _measured(bench: Workbench, limit: int, span: Span, laps: Laps) -> Recommendation:
-    pairs, sample = bench.pairs[Split.TRAIN], _drawn(bench, limit)
+def _unheard(_done: int, _total: int) -> None:
+    """Progress of what takes a moment."""
+
+
+def _measured(
+    bench: Workbench, sample: Sequence[TokenizedPair], span: Span, laps: Laps, *, limit: int
+) -> Recommendation:
     table = bench.reference_of(sample, span)
     laps.end("reference")
-    profile = profile_dataset(
-        table.features(sample),
-        seed=bench.seed,
-        max_pairs=limit,
-        drawn_from=(len(pairs), len({pair.group_id for pair in pairs})),
-        labels=_label_facts(bench, sample),
-    )
+    profile = _profiled(bench, sample, table.features(sample), limit=limit)
     laps.end("metrics")
     recommendation = _ranked(bench, profile)
     laps.end("rank")
     return recommendation
+
+
+def _profiled(
+    bench: Workbench,
+    sample: Sequence[TokenizedPair],
+    features: ReferenceFeatures,
+    *,
+    limit: int,
+) -> DatasetProfile:
+    """All metrics of pairs that were drawn within `limit` from the training split."""
+    whole = bench.loaded[Split.TRAIN]
+    return profile_dataset(
+        features,
+        seed=bench.seed,
+        max_pairs=limit,
+        drawn_from=(whole.of_pairs, whole.of_prompts),
+        labels=_label_facts(bench, sample),
+    )
 
 
 def _label_facts(bench: Workbench, pairs: Sequence[TokenizedPair]) -> LabelFacts:
@@ -169,9 +197,7 @@ def _ranked(bench: Workbench, profile: DatasetProfile) -> Recommendation:
     """Rank with the metrics, the prior table and what the owner's finished searches say."""
     history = refine(profile, model=bench.model.name, past=past_searches(bench.context))
     found = recommend(profile, history=history)
-    look = bench.looks[Split.TRAIN]
-    data = look.report(pairs=look.measured, rule="all pairs of the training split")
-    return found.model_copy(update={"data": data})
+    return found.model_copy(update={"data": bench.loaded[Split.TRAIN].report()})
 
 
 def _provisional(found: Recommendation) -> Recommendation:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-from core.errors import FailureCode, RunAborted
 from core.hub import fetch
 from core.lifecycle import Phase
 from core.modelref import ModelRef
@@ -20,11 +19,12 @@ from objectives import (
     build_objective,
 )
 from worker.context import JobContext
-from worker.ingest.canonical import CanonicalRow, Split, read_canonical
+from worker.ingest.canonical import CanonicalRow, Split
 from worker.jobs.kernel_inputs import KernelInputs
 from worker.jobs.rows import canonical_path, check_canonical
 from worker.jobs.runs import RunRequest, splits_with_states, weights_learning_rate
 from worker.jobs.scopes import Reporter, ScopeHooks, ScopeStore, Span
+from worker.jobs.splits import LoadedSplit, SplitLoader
 from worker.training.checkpoint import Identity
 from worker.training.distributed import resolve_processes, score, train_ranked
 from worker.training.evaluate import Measured, measure
@@ -44,8 +44,8 @@ from worker.training.run import RunHooks, RunOutcome, TrainingRun
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import Reference, ReferenceStore
-from worker.training.token_report import Limit, TokenLook
-from worker.training.tokenize import TokenizedPair, tokenize_rows
+from worker.training.token_report import Limit
+from worker.training.tokenize import TokenizedPair
 from worker.training.trainer import Leave, train_final
 
 # Of a run's part of the progress bar: passes before its first step, where any are needed.
@@ -77,10 +77,13 @@ class Workbench:
         self.seed = context.job.seed
         self.threads = threads
         self._folder = folder
-        self.max_length = min(spec.max_length, policy.max_positions or spec.max_length)
-        self.rows: dict[Split, list[CanonicalRow]] = {}
+        limit = Limit(spec.max_length, policy.max_positions)
+        self.max_length = limit.tokens
+        path = canonical_path(context, dataset)
+        self._loader = SplitLoader(path, policy.tokenizer, model.name, limit)
+        self.loaded: dict[Split, LoadedSplit] = {}
+        self.rows: dict[Split, tuple[CanonicalRow, ...]] = {}
         self.pairs: dict[Split, tuple[TokenizedPair, ...]] = {}
-        self.looks: dict[Split, TokenLook] = {}
         self.warnings: list[str] = []
         self._with_states = splits_with_states(context.job)
         self._store = ReferenceStore(
@@ -108,24 +111,21 @@ class Workbench:
         Raises:
             RunAborted: nothing of it is left (`dataset_invalid`).
         """
-        path = canonical_path(self.context, self.dataset)
-        tokenizer = self.policy.tokenizer
-        limit = Limit(self.spec.max_length, self.policy.max_positions)
-        look = self.looks[split] = TokenLook(tokenizer, name=self.model.name, limit=limit)
-        tokenized = tokenize_rows(
-            read_canonical(path, split), tokenizer=tokenizer, max_length=self.max_length,
-            on_row=look.see,
-        )  # fmt: skip
-        if not tokenized.pairs:
-            raise RunAborted(
-                f"the {split.value} split has no pair that this model can use",
-                failure=FailureCode.DATASET_INVALID,
-                hint="; ".join(tokenized.warnings()) or "upload more data",
-            )
-        kept = {pair.id for pair in tokenized.pairs}
-        self.rows[split] = [row for row in read_canonical(path, split) if row.id in kept]
-        self.pairs[split] = tokenized.pairs
-        self.warnings += [f"{split.value}: {sentence}" for sentence in tokenized.warnings()]
+        self._keep(split, self._loader.whole(split))
+
+    def load_sample(self, split: Split, *, limit: int) -> None:
+        """Read and tokenise of a split what a recommendation measures: `limit` pairs at most.
+
+        Raises:
+            RunAborted: nothing of it is left (`dataset_invalid`).
+        """
+        self._keep(split, self._loader.sample(split, limit=limit, seed=self.seed))
+
+    def _keep(self, split: Split, loaded: LoadedSplit) -> None:
+        self.loaded[split] = loaded
+        self.rows[split] = loaded.rows
+        self.pairs[split] = loaded.pairs
+        self.warnings += loaded.warnings
 
     def reference(self, span: Span) -> ReferenceTable:
         """What the reference says about the training split, computed once per data and model."""

@@ -1,7 +1,8 @@
 """From canonical rows to token ids, as the model's chat template writes them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -20,6 +21,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+BATCH_ROWS = 64
+"""Rows that go through the tokenizer together; ids do not depend on it."""
 _PROMPT_SHARE = 4
 
 
@@ -38,6 +41,15 @@ class TokenizedPair:
     def length(self) -> int:
         """Tokens of the longer of its two sequences."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """A row as the template writes it: the prompt that asks for an answer, and both wholes."""
+
+    prompt: str
+    chosen: str
+    rejected: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,11 @@ class EncodedRow:
     def is_empty(self) -> bool:
         """Whether a part has no tokens."""
         return not (self.prompt and self.chosen and self.rejected)
+
+    def is_usable(self, max_length: int, *, bos: int | None) -> bool:
+        """Whether a pair is left of it within `max_length` tokens."""
+        left = self.fitted(max_length, bos=bos)
+        return not self.is_empty and left.chosen != left.rejected
 
 
 @dataclass(frozen=True)
@@ -130,16 +147,27 @@ def tokenize_rows(
     Raises:
         RunAborted: the template refuses a conversation (`dataset_invalid`), naming the row.
     """
+    found = encoded(rows, tokenizer)
+    return cut_rows(found, max_length=max_length, bos=tokenizer.bos_token_id, on_row=on_row)
+
+
+def cut_rows(
+    rows: Iterable[tuple[CanonicalRow, EncodedRow]],
+    *,
+    max_length: int,
+    bos: int | None,
+    on_row: Callable[[CanonicalRow, EncodedRow], None] | None = None,
+) -> TokenizedSplit:
+    """Do all of `tokenize_rows` that follows the encoding."""
     pairs: list[TokenizedPair] = []
     counts = dict.fromkeys(("prompts", "responses", "identical", "empty"), 0)
-    for row in rows:
-        whole = encode_row(row, tokenizer)
+    for row, whole in rows:
         if on_row is not None:
             on_row(row, whole)
         if whole.is_empty:
             counts["empty"] += 1
             continue
-        left = whole.fitted(max_length, bos=tokenizer.bos_token_id)
+        left = whole.fitted(max_length, bos=bos)
         counts["prompts"] += len(left.prompt) < len(whole.prompt)
         counts["responses"] += len(left.chosen) < len(whole.chosen)
         counts["responses"] += len(left.rejected) < len(whole.rejected)
@@ -165,9 +193,26 @@ def tokenize_rows(
     )
 
 
+def encoded(
+    rows: Iterable[CanonicalRow], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[CanonicalRow, EncodedRow]]:
+    """Yield rows with their token ids, uncut; the tokenizer gets `BATCH_ROWS` of them at a time.
+
+    Raises:
+        RunAborted: the template refuses a conversation (`dataset_invalid`), naming the row.
+    """
+    rest = iter(rows)
+    while batch := list(islice(rest, BATCH_ROWS)):
+        yield from zip(
+            batch,
+            encode_rendered([render_row(r, tokenizer) for r in batch], tokenizer),
+            strict=True,
+        )
+
+
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt that is to be answered."""
-    return _ids(tokenizer, _render(tokenizer, messages, answer_next=True))
+    return _ids(tokenizer, [_render(tokenizer, messages, answer_next=True)])[0]
 
 
 def cut_prompt(prompt: list[int], room: int, *, bos: int | None) -> list[int]:
@@ -185,12 +230,21 @@ def encode_row(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> Encoded
     Raises:
         RunAborted: the template refuses the conversation (`dataset_invalid`), naming the row.
     """
+    return encode_rendered([render_row(row, tokenizer)], tokenizer)[0]
+
+
+def render_row(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
+    """Return the texts of a row as the chat template writes them.
+
+    Raises:
+        RunAborted: the template refuses the conversation (`dataset_invalid`), naming the row.
+    """
     try:
-        asked = _render(tokenizer, row.prompt, answer_next=True)
-        answered = [
-            _render(tokenizer, (*row.prompt, *answer), answer_next=False)
-            for answer in (row.chosen, row.rejected)
-        ]
+        return RenderedRow(
+            _render(tokenizer, row.prompt, answer_next=True),
+            _render(tokenizer, (*row.prompt, *row.chosen), answer_next=False),
+            _render(tokenizer, (*row.prompt, *row.rejected), answer_next=False),
+        )
     except TemplateError as error:
         raise RunAborted(
             f"the model's chat template refuses row {row.id} (line {row.line}): "
@@ -198,20 +252,32 @@ def encode_row(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> Encoded
             failure=FailureCode.DATASET_INVALID,
             hint="drop the row, or use a model whose template knows these roles",
         ) from error
-    prompt = _ids(tokenizer, asked)
-    whole = [_ids(tokenizer, text) for text in answered]
-    shared = min(_shared_prefix(prompt, ids) for ids in whole)
-    if shared == len(prompt):
-        chosen, rejected = (ids[shared:] for ids in whole)
-    elif all(text.startswith(asked) for text in answered):
-        # A token straddles the border: what follows the prompt is encoded on its own, as it is
-        # when the model answers.
-        chosen, rejected = (_ids(tokenizer, text[len(asked) :]) for text in answered)
-    else:
-        # The template opens an answer otherwise than it asks for one (e.g. an empty thought).
-        prompt = prompt[:shared]
-        chosen, rejected = (ids[shared:] for ids in whole)
-    return EncodedRow(prompt, chosen, rejected)
+
+
+def encode_rendered(
+    rows: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedRow]:
+    """Return the token ids of rows, in order; the tokenizer sees all of their texts at once."""
+    texts = [text for row in rows for text in (row.prompt, row.chosen, row.rejected)]
+    ids = _ids(tokenizer, texts)
+    found: list[EncodedRow] = []
+    for number, row in enumerate(rows):
+        prompt, *whole = ids[3 * number : 3 * number + 3]
+        shared = min(_shared_prefix(prompt, each) for each in whole)
+        if shared < len(prompt) and all(
+            text.startswith(row.prompt) for text in (row.chosen, row.rejected)
+        ):
+            # A token straddles the border: what follows the prompt is encoded on its own, as it is
+            # when the model answers.
+            start = len(row.prompt)
+            chosen, rejected = _ids(tokenizer, [row.chosen[start:], row.rejected[start:]])
+        else:
+            # Where something is left of the prompt, the template opens an answer otherwise than it
+            # asks for one (e.g. an empty thought).
+            prompt = prompt[:shared]
+            chosen, rejected = (each[shared:] for each in whole)
+        found.append(EncodedRow(prompt, chosen, rejected))
+    return found
 
 
 def _render(
@@ -222,13 +288,15 @@ def _render(
     return str(text)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [list(ids) for ids in found]
 
 
 def _shared_prefix(a: list[int], b: list[int]) -> int:
-    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(unequal, min(len(a), len(b)))
+    if b[: len(a)] == a:
+        return len(a)
+    return next(i for i, x in enumerate(a) if i >= len(b) or x != b[i])
 
 
 def _first_line(error: Exception) -> str:

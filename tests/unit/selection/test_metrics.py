@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -31,7 +32,14 @@ from selection.metrics.nag import nag
 from selection.metrics.pnav import pnav
 from selection.metrics.pnd import pnd
 from selection.metrics.tat import tat
-from selection.profile import KERNELS, MEMBERS, OTHER_MIXTURES, mixed_gram, sampled_rows
+from selection.profile import (
+    KERNELS,
+    MEMBERS,
+    OTHER_MIXTURES,
+    mixed_gram,
+    prompt_order,
+    sampled_rows,
+)
 from tests.unit.selection.samples import features
 
 ONES = torch.ones(1, 4)
@@ -364,23 +372,35 @@ def test_estimate_holds_its_value_even_where_resamples_are_biased():
 
 
 def test_sample_takes_whole_prompts_and_everything_that_fits():
-    group = torch.arange(60) // 3
+    group = [f"prompt {row // 3}" for row in range(60)]
     assert sampled_rows(group, limit=60, seed=0).tolist() == list(range(60))
-    rows = sampled_rows(group, limit=20, seed=0)
-    assert rows.numel() == 18
-    assert torch.bincount(group[rows]).unique().tolist() == [0, 3]
-    assert rows.tolist() == sorted(rows.tolist())
+    rows = sampled_rows(group, limit=20, seed=0).tolist()
+    assert len(rows) == 18
+    assert set(Counter(group[row] for row in rows).values()) == {3}
+    assert rows == sorted(rows)
 
 
 def test_two_prompts_are_kept_however_large():
-    group = torch.tensor([0] * 50 + [1] * 50)
+    group = ["a"] * 50 + ["b"] * 50
     rows = sampled_rows(group, limit=10, seed=0)
     assert rows.numel() == 100
 
 
 def test_a_smaller_sample_is_a_part_of_a_larger_one_and_another_seed_draws_another():
-    group = torch.arange(300) // 3
+    group = [f"prompt {row // 3}" for row in range(300)]
     small, large = (sampled_rows(group, limit=limit, seed=5) for limit in (30, 120))
     assert set(small.tolist()) < set(large.tolist())
     assert sampled_rows(group, limit=30, seed=5).tolist() == small.tolist()
     assert sampled_rows(group, limit=30, seed=6).tolist() != small.tolist()
+
+
+def test_prompts_keep_their_order_whatever_others_there_are():
+    """So a sample can be drawn before it is known which prompts are of use."""
+    every = prompt_order([f"prompt {n}" for n in range(40)], seed=3)
+    some = [prompt for prompt in every if prompt.endswith(("1", "5", "8"))]
+    assert prompt_order(sorted(some), seed=3) == some
+    assert prompt_order(every[:5] * 2, seed=3) == every[:5]
+    assert prompt_order(every, seed=4) != every
+    group = [f"prompt {n // 2}" for n in range(80)]
+    first = {f"prompt {n}" for n in range(40)} & set(every[:10])
+    assert {group[row] for row in sampled_rows(group, limit=21, seed=3).tolist()} == first

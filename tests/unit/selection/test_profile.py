@@ -205,7 +205,7 @@ def test_only_the_sample_is_measured_and_reported():
 def test_measuring_a_sample_is_measuring_the_data_that_it_is_drawn_from():
     """A job may run the reference over the sample alone: every number is the same."""
     data = features(210, pairs_per_prompt=3)
-    rows = sampled_rows(data.group, limit=100, seed=4)
+    rows = sampled_rows([str(n) for n in data.group.tolist()], limit=100, seed=4)
     whole = profile_dataset(data, seed=4, bootstrap=20, max_pairs=100)
     part = profile_dataset(
         data.take(rows), seed=4, bootstrap=20, max_pairs=100, drawn_from=(210, 70)
