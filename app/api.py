@@ -3,6 +3,7 @@
 from fastapi import APIRouter
 
 from app import (
+    checkpoint_downloads,
     checkpoints,
     dataset_rows,
     dataset_versions,
@@ -22,7 +23,8 @@ def v1_router() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
     for domain in (
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
-        checkpoints, files, upload_sessions,
+        checkpoints, checkpoint_downloads, files, upload_sessions,
     ):  # fmt: skip
         router.include_router(domain.router)
+    router.include_router(checkpoint_downloads.links)
     return router

@@ -1,28 +1,45 @@
-"""Checkpoints: list, get, download file by file, export."""
+"""Checkpoints: list, get, keep, delete, download file by file, export."""
 
+import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Request, Response
-from pydantic import ConfigDict, Field
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import ConfigDict, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
-from app.checkpoint_views import CheckpointView, FileView, checkpoint_view
-from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Queue, ReadsArtifacts, WritesArtifacts
-from app.downloads import RANGE_RESPONSES, StoredFile, file_response
+from app.checkpoint_views import (
+    CheckpointId,
+    CheckpointView,
+    FilePath,
+    FileView,
+    checkpoint_view,
+    stored_file,
+)
+from app.deps import (
+    ID_PATTERN,
+    TEXT_PATTERN,
+    Config,
+    Db,
+    Lists,
+    PageOf,
+    Queue,
+    ReadsArtifacts,
+    WritesArtifacts,
+)
+from app.downloads import RANGE_RESPONSES, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
-from app.responses import ListOf, conditional, json_response, list_of
-from core.errors import Conflict, NotFound
+from app.responses import ListOf, check_if_match, conditional, json_response, list_of
+from core.errors import Conflict
 from core.lifecycle import JobKind
 from core.spec import SpecModel
 from models.experiment import Checkpoint
+from models.repositories.checkpoints import CheckpointRepository
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.session import Database
 
 router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
-
-CheckpointId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 
 class CreateExport(SpecModel):
@@ -33,6 +50,30 @@ class CreateExport(SpecModel):
     merge: Literal[True] = Field(
         default=True, description="merge the adapter into the base model's weights"
     )
+
+
+class UpdateCheckpoint(SpecModel):
+    """How long a checkpoint stays, and what it is called."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"pinned": True, "label": "the one we ship"}]}
+    )
+
+    pinned: bool | None = Field(default=None, description="a pinned one never expires")
+    expires_at: int | None = Field(
+        default=None, lt=2**40, description="unix seconds, later than now; null: no end"
+    )
+    label: Annotated[str, Field(min_length=1, max_length=200, pattern=TEXT_PATTERN)] | None = Field(
+        default=None, description="null: the job's own"
+    )
+
+    @field_validator("expires_at")
+    @classmethod
+    def _later(cls, value: int | None) -> int | None:
+        now = int(time.time())
+        if value is not None and value <= now:
+            raise ValueError(f"received {value}, expected unix seconds after now, which is {now}")
+        return value
 
 
 @router.get("", operation_id="list_checkpoints")
@@ -55,7 +96,7 @@ def get_checkpoint(
     request: Request, caller: ReadsArtifacts, database: Db, checkpoint_id: CheckpointId
 ) -> Response:
     """Return one checkpoint."""
-    row = _read(database, caller.owner_id, checkpoint_id)
+    row = read_checkpoint(database, caller.owner_id, checkpoint_id)
     return conditional(request, checkpoint_view(row))
 
 
@@ -64,7 +105,7 @@ def list_checkpoint_files(
     caller: ReadsArtifacts, database: Db, checkpoint_id: CheckpointId
 ) -> ListOf[FileView]:
     """List all files of a checkpoint with sizes and hashes."""
-    row = _read(database, caller.owner_id, checkpoint_id)
+    row = read_checkpoint(database, caller.owner_id, checkpoint_id)
     files = [
         FileView(
             path=str(file["path"]),
@@ -97,25 +138,50 @@ async def download_checkpoint_file(
     database: Db,
     settings: Config,
     checkpoint_id: CheckpointId,
-    path: Annotated[str, Path(max_length=512)],
+    path: FilePath,
 ) -> Response:
     """Send one file; ETag and Repr-Digest are its SHA-256, one byte range may be asked for."""
-    row = await run_in_threadpool(_read, database, caller.owner_id, checkpoint_id)
-    for file in row.files:
-        if file["path"] == path:
-            return await file_response(
-                request,
-                StoredFile(
-                    folder=settings.artifact_dir / row.path,
-                    path=path,
-                    size_bytes=int(file["bytes"]),
-                    sha256=str(file["sha256"]),
-                ),
-            )
-    raise NotFound(
-        f"checkpoint {checkpoint_id} has no file {path!r}",
-        hint=f"GET /v1/checkpoints/{checkpoint_id}/files lists them",
-    )
+    row = await run_in_threadpool(read_checkpoint, database, caller.owner_id, checkpoint_id)
+    return await file_response(request, stored_file(row, path, settings))
+
+
+@router.patch("/{checkpoint_id}", operation_id="update_checkpoint", response_model=CheckpointView)
+def update_checkpoint(
+    request: Request,
+    caller: WritesArtifacts,
+    database: Db,
+    checkpoint_id: CheckpointId,
+    body: UpdateCheckpoint,
+    if_match: Annotated[
+        str | None, Header(max_length=1000, description="its ETag; refused with 412 if it differs")
+    ] = None,
+) -> Response:
+    """Pin a checkpoint, give it a label or an end; what is not given stays as it is."""
+    given = body.model_fields_set
+    with database.transaction() as session:
+        checkpoints = CheckpointRepository(session)
+        row = checkpoints.lock(caller.owner_id, checkpoint_id)
+        check_if_match(if_match, checkpoint_view(row))
+        checkpoints.change(
+            row,
+            title=body.label if "label" in given else row.title,
+            pinned=row.pinned if body.pinned is None else body.pinned,
+            ends=body.expires_at if "expires_at" in given else row.expires_at,
+        )
+        view = checkpoint_view(row)
+    return conditional(request, view)
+
+
+@router.delete(
+    "/{checkpoint_id}",
+    operation_id="delete_checkpoint",
+    status_code=204,
+    responses={204: {"description": "Deleted; its files go within minutes"}},
+)
+def delete_checkpoint(caller: WritesArtifacts, database: Db, checkpoint_id: CheckpointId) -> None:
+    """Delete a checkpoint, unless a job that has not ended makes or reads it."""
+    with database.transaction() as session:
+        CheckpointRepository(session).delete(caller.owner_id, checkpoint_id)
 
 
 @router.post(
@@ -133,7 +199,7 @@ def export_checkpoint(
 ) -> Response:
     """Queue the export of a checkpoint as one model that needs no adapter."""
     with database.transaction() as session:
-        row = ExperimentRepository(session).checkpoint(caller.owner_id, checkpoint_id)
+        row = CheckpointRepository(session).lock(caller.owner_id, checkpoint_id)
         if row.kind != "adapter":
             raise Conflict(
                 f"checkpoint {row.id} is of kind {row.kind!r}; only an adapter can be merged into "
@@ -154,6 +220,11 @@ def export_checkpoint(
     return json_response(view, status=202, headers={"Location": f"/v1/jobs/{view.id}"})
 
 
-def _read(database: Database, owner_id: str, checkpoint_id: str) -> Checkpoint:
+def read_checkpoint(database: Database, owner_id: str, checkpoint_id: str) -> Checkpoint:
+    """Return the owner's checkpoint.
+
+    Raises:
+        NotFound: no such checkpoint.
+    """
     with database.reading() as session:
         return ExperimentRepository(session).checkpoint(owner_id, checkpoint_id)

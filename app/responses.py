@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import URL
 
 from app.errors import public_url
+from core.errors import Changed
 
 T = TypeVar("T")
 POLL_FIRST_S = 0.05
@@ -74,12 +75,29 @@ def json_response(
 def conditional(request: Request, body: BaseModel) -> Response:
     """Return an object with its weak ETag, or 304 when the client has this very content already."""
     content = body.model_dump_json()
-    version = hashlib.sha256(content.encode()).hexdigest()[:32]
-    etag = f'W/"{version}"'
+    etag = _etag(content)
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if etag_matches(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     return Response(content=content, media_type="application/json", headers=headers)
+
+
+def check_if_match(header: str | None, body: BaseModel) -> None:
+    """Refuse a request for another version of an object; its row must be locked.
+
+    Raises:
+        Changed: `If-Match` names other ETags than the one of `body`.
+    """
+    etag = _etag(body.model_dump_json())
+    if header is not None and not etag_matches(header, etag):
+        raise Changed(
+            f"If-Match is {header!r} and the object's ETag is {etag}",
+            hint="read the object again, and decide by what it is now",
+        )
+
+
+def _etag(content: str) -> str:
+    return f'W/"{hashlib.sha256(content.encode()).hexdigest()[:32]}"'
 
 
 def etag_matches(header: str | None, etag: str) -> bool:
