@@ -130,6 +130,23 @@ class ExperimentRepository:
         self._session.merge(MetricPoint(job_id=job_id, scope=scope, step=step, metrics=values))
         self._session.flush()
 
+    def copy_metrics(self, fence: Fence, *, source: str, target: str) -> bool:
+        """Give a scope without metrics those of another one; return whether it had none.
+
+        A final run that a trial has already made takes no step of its own.
+        """
+        self._jobs.guard(fence)
+        if self.metrics(fence.job_id, target):
+            return False
+        for point in self.metrics(fence.job_id, source):
+            self._session.add(
+                MetricPoint(
+                    job_id=fence.job_id, scope=target, step=point.step, metrics=point.metrics
+                )
+            )
+        self._session.flush()
+        return True
+
     def metrics(self, job_id: str, scope: str) -> list[MetricPoint]:
         """Return the metric points of one scope by step."""
         statement = (
@@ -260,7 +277,7 @@ class ExperimentRepository:
             NotFound: no such checkpoint, or somebody else's.
         """
         row = self._session.get(Checkpoint, checkpoint_id)
-        if row is None or row.owner_id != owner_id:
+        if row is None or row.owner_id != owner_id or row.deleted_at is not None:
             raise NotFound(
                 f"no checkpoint {checkpoint_id!r}",
                 hint="GET /v1/fine_tuning/jobs/{id}/checkpoints lists them",
@@ -271,7 +288,9 @@ class ExperimentRepository:
         self, owner_id: str, query: PageQuery, *, job_id: str | None = None
     ) -> Page[Checkpoint]:
         """Return one page of the owner's checkpoints."""
-        statement = select(Checkpoint).where(Checkpoint.owner_id == owner_id)
+        statement = select(Checkpoint).where(
+            Checkpoint.owner_id == owner_id, Checkpoint.deleted_at.is_(None)
+        )
         if job_id is not None:
             statement = statement.where(Checkpoint.job_id == job_id)
         return fetch_page(self._session, statement, Checkpoint.id, query)
