@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import Row, Subquery, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from core.lifecycle import JobKind, JobStatus
@@ -131,14 +131,15 @@ class JobClaims(JobMoves):
     ) -> Row[str, int, str, JobKind] | None:
         """Take a job in one statement.
 
-        Owners are looked at in the order of their turns until one has a job, by an index look-up
-        each. On Postgres the clock in the inner query keeps the planner from doing that for all
-        owners first, which would lock a job of each.
+        Owners with waiting jobs are found by one look-up in the index each, and tried in the order
+        of their turns until one has a job to take. OFFSET keeps that order for the rows outside,
+        and sorting there again would first try all owners and lock a job of each.
         """
+        owners = self._owners_in_turn(queue)
         head = (
             select(Job.id)
             .where(
-                Job.owner_id == Owner.id,
+                Job.owner_id == owners.c.owner_id,
                 Job.queue == queue,
                 Job.status == _literal(JobStatus.QUEUED),
                 Job.run_after <= db_now(),
@@ -146,30 +147,12 @@ class JobClaims(JobMoves):
             .order_by(Job.priority.desc(), Job.created_at, Job.id)
             .limit(1)
             .with_for_update(skip_locked=True)
-            .correlate(Owner)
+            .correlate(owners)
             .scalar_subquery()
         )
-        limit = _running_limit()
-        running = aliased(Job)
-        runs = (
-            select(func.count())
-            .where(running.owner_id == Owner.id, running.status == _literal(JobStatus.RUNNING))
-            .correlate(Owner)
-            .scalar_subquery()
-        )
-        turn = _served_at(Owner.id, queue)
-        owners = (
-            select(head.label("job_id"), turn.label("turn"), Owner.id.label("owner_id"))
-            .where(or_(limit == UNLIMITED, runs < limit))
-            .order_by(turn, Owner.id)
-            .subquery("owners")
-        )
+        heads = select(head.label("job_id")).select_from(owners).subquery("heads")
         next_id = (
-            select(owners.c.job_id)
-            .where(owners.c.job_id.is_not(None))
-            .order_by(owners.c.turn, owners.c.owner_id)
-            .limit(1)
-            .scalar_subquery()
+            select(heads.c.job_id).where(heads.c.job_id.is_not(None)).limit(1).scalar_subquery()
         )
         taken = (
             update(Job)
@@ -188,14 +171,42 @@ class JobClaims(JobMoves):
         )
         return self._session.execute(taken).one_or_none()
 
+    def _owners_in_turn(self, queue: QueueName) -> Subquery:
+        """Return whose jobs wait in a queue and who may run one more, in the order of turns."""
+        queued = (Job.queue == queue, Job.status == _literal(JobStatus.QUEUED))
+        first = select(func.min(Job.owner_id).label("owner_id")).where(*queued)
+        waiting = first.cte("waiting", recursive=True)
+        following = (
+            select(func.min(Job.owner_id))
+            .where(*queued, Job.owner_id > waiting.c.owner_id)
+            .correlate(waiting)
+            .scalar_subquery()
+        )
+        waiting = waiting.union_all(select(following).where(waiting.c.owner_id.is_not(None)))
+        owner_id = waiting.c.owner_id
+        running = aliased(Job)
+        runs = (
+            select(func.count())
+            .where(running.owner_id == owner_id, running.status == _literal(JobStatus.RUNNING))
+            .correlate(waiting)
+            .scalar_subquery()
+        )
+        limit = _running_limit(owner_id)
+        turn = _served_at(owner_id, queue)
+        return (
+            select(owner_id, turn.label("turn"))
+            .where(owner_id.is_not(None), or_(limit == UNLIMITED, runs < limit))
+            .order_by(turn, owner_id)
+            .offset(0)
+            .subquery("owners")
+        )
+
     def _keeps_limit(self, owner_id: str) -> bool:
         """Whether not too many of the owner's jobs run; no other worker changes it before the end.
 
         Only an owner with a limit is locked: the others' claims do not wait for each other.
         """
-        limit = self._session.execute(
-            select(_running_limit()).where(Owner.id == owner_id)
-        ).scalar_one()
+        limit = self._session.execute(select(_running_limit(owner_id))).scalar_one()
         if limit == UNLIMITED:
             return True
         self._session.execute(select(Owner.id).where(Owner.id == owner_id).with_for_update())
@@ -212,17 +223,16 @@ def _literal(status: JobStatus) -> Any:
 
 def _served_at(owner_id: Any, queue: QueueName) -> Any:
     """Return when the queue served an owner last, as SQL; 0 when it never did."""
-    served = select(QueueTurn.served_at).where(
-        QueueTurn.owner_id == owner_id, QueueTurn.queue == queue
-    )
-    if not isinstance(owner_id, str):
-        served = served.correlate(Owner)
-    return func.coalesce(served.scalar_subquery(), 0.0)
+    turn = aliased(QueueTurn)
+    served = select(turn.served_at).where(turn.owner_id == owner_id, turn.queue == queue)
+    return func.coalesce(served.correlate_except(turn).scalar_subquery(), 0.0)
 
 
-def _running_limit() -> Any:
+def _running_limit(owner_id: Any) -> Any:
     """Return how many jobs of an owner may run, as SQL."""
-    own, default = aliased(Quota), aliased(Quota)
-    mine = select(own.running_jobs).where(own.subject == Owner.id).correlate(Owner)
-    all_ = select(default.running_jobs).where(default.subject == DEFAULT_SUBJECT)
-    return func.coalesce(mine.scalar_subquery(), all_.scalar_subquery(), UNLIMITED)
+    limits = []
+    for subject in (owner_id, DEFAULT_SUBJECT):
+        quota = aliased(Quota)
+        limit = select(quota.running_jobs).where(quota.subject == subject)
+        limits.append(limit.correlate_except(quota).scalar_subquery())
+    return func.coalesce(*limits, UNLIMITED)
