@@ -102,7 +102,7 @@ class SearchSummary(SpecModel):
     study_id: str
     trials: int
     infeasible: int
-    winner_trial: int
+    winner_trial: int | None = Field(description="null: the budget paid for no trial")
     tied_trials: tuple[int, ...] = Field(
         description="not told apart from the winner"
     )

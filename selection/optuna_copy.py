@@ -127,8 +127,6 @@ def add_to_storage(
         storage=storage, study_name=name, direction="minimize", load_if_exists=True
     )
     there = {trial.user_attrs.get("number") for trial in study.get_trials(deepcopy=False)}
-    if not there:
-        study.set_metric_names(["log_loss"])
     for trial in frozen_trials(records):
         if trial.user_attrs["number"] not in there:
             study.add_trial(trial)

@@ -11,6 +11,7 @@ from selection.quote import Costs, costs_of
 from selection.study import HARD_LIMIT, Ended, Plan, Start, Study, Task, Trial
 
 _RESERVE_AT_MOST = 0.7
+_PATIENCE = 4.0
 
 
 def candidate_of(plan: Plan, trial: Trial) -> CandidateSpec:
@@ -99,7 +100,7 @@ class Standing:
     def start(self, task: Task, reason: str) -> Start | None:
         """The task as an action, or None where it does not fit into the budget."""
         plan, study, expected = self.plan, self.study, self.costs.task(task)
-        budget, limit = plan.budget, self.costs.limit(expected)
+        budget, limit = plan.budget, math.inf
         if budget.trials is not None and task.key not in self.tasks:
             is_new = task.trial.key not in self.trials
             if is_new and len(self.trials) >= budget.trials:
@@ -113,12 +114,13 @@ class Standing:
             room = HARD_LIMIT * budget.gpu_seconds - study.spent_seconds - promised
             if room < expected:
                 return None
-            limit = min(limit, room)
+            limit = self._limit(expected, room)
         if budget.deadline_seconds is not None:
             left = budget.deadline_seconds - study.elapsed_seconds
             if left < expected:
                 return None
-            limit = min(limit, HARD_LIMIT * budget.deadline_seconds - study.elapsed_seconds)
+            room = HARD_LIMIT * budget.deadline_seconds - study.elapsed_seconds
+            limit = min(limit, self._limit(expected, room))
         return Start(
             task=task,
             candidate=candidate_of(plan, task.trial),
@@ -127,6 +129,14 @@ class Standing:
             limit_seconds=limit,
             reason=reason,
         )
+
+    def _limit(self, expected: float, room: float) -> float:
+        """What a task may cost at most: a multiple of what is expected while there is room.
+
+        A task that is cut is paid for nothing, and a busy machine is no fault of the trial; so the
+        limit is close only where the budget leaves no other.
+        """
+        return min(room, max(self.costs.limit(expected), min(_PATIENCE * expected, room / 2)))
 
     def reserve(self, task: Task, seconds: float) -> float:
         """What has to be left after `task`: one finalist's way through the rungs above, and plain

@@ -325,7 +325,8 @@ class Study:
 class Start:
     """Do this task. Whoever does it stops at `limit_seconds` of device time, ended by `pruner`.
 
-    The limit is what keeps a search within 1.02 times its budget whatever a task turns out to cost.
+    The limit is what keeps a search within 1.02 times its budget whatever a task turns out to cost;
+    it is infinite without a budget of time.
     """
 
     task: Task

@@ -3,6 +3,7 @@
 Shared by those who run a search and those who answer questions about it; torch-free.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,8 @@ def study_of(facts: Iterable[TaskFacts], *, elapsed_seconds: float) -> Study:
             case TaskStatus.WAITING:
                 waiting.append(task)
             case TaskStatus.RUNNING:
-                assert fact.limit_seconds is not None
-                running.append(Running(task, fact.limit_seconds))
+                limit = math.inf if fact.limit_seconds is None else fact.limit_seconds
+                running.append(Running(task, limit))
             case TaskStatus.ENDED:
                 assert fact.ended_by is not None
                 ended.append(Ended(task, fact.ended_by, fact.seconds, fact.log_loss, fact.drift))

@@ -108,7 +108,7 @@ def pulses(session: Session, job_ids: Collection[str]) -> dict[str, Pulse]:
         statement = select(
             Job.id, Job.event_seq, Job.version, Job.status, Job.phase, Job.progress
         ).where(Job.id.in_(some))
-        found |= {row[0]: Pulse(*row[1:]) for row in session.execute(statement).tuples()}
+        found |= {row[0]: Pulse(*row[1:]) for row in session.execute(statement)}
     return found
 
 

@@ -260,7 +260,13 @@ class SearchRepository:
         return self._session.execute(statement).scalar_one_or_none()
 
     def take(
-        self, fence: Fence, study: StudyRow, record: TaskRecord, *, limit_seconds: float, label: str
+        self,
+        fence: Fence,
+        study: StudyRow,
+        record: TaskRecord,
+        *,
+        limit_seconds: float | None,
+        label: str,
     ) -> None:
         """Give a waiting task to an attempt.
 

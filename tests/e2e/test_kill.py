@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 METHOD = {
     "type": "auto",
     "auto": {
-        "search": {"max_trials": 3, "trial_epochs": 0.7},
+        "search": {"max_trials": 3},
         "hyperparameters": {"n_epochs": 2, "batch_size": 8},
     },
 }

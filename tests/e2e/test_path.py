@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 AUTO = {
     "type": "auto",
     "auto": {
-        "search": {"max_trials": 3, "trial_epochs": 0.5},
+        "search": {"max_trials": 3},
         "hyperparameters": {"n_epochs": 1, "batch_size": 16},
     },
 }

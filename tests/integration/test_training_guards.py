@@ -21,7 +21,7 @@ from worker.training.run import RunOutcome
 AUTO: dict[str, Any] = {
     "type": "auto",
     "auto": {
-        "search": {"max_trials": 3, "trial_epochs": 0.5},
+        "search": {"max_trials": 3},
         "hyperparameters": {"batch_size": 14, "lora_r": 2},
     },
 }

@@ -23,8 +23,8 @@ from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.paging import PageQuery
+from models.repositories.searches import SearchRepository
 from models.repositories.steps import StepRepository
-from selection.search import SearchDriver
 from tests.integration.training_world import (
     Job,
     Killed,
@@ -48,7 +48,7 @@ from worker.training.trainer import Leave
 AUTO: dict[str, Any] = {
     "type": "auto",
     "auto": {
-        "search": {"max_trials": 3, "trial_epochs": 0.5},
+        "search": {"max_trials": 3},
         "hyperparameters": {"batch_size": 14, "lora_r": 2},
     },
 }
@@ -123,7 +123,7 @@ def test_auto_ends_with_evidence(uninterrupted: dict[str, Any]) -> None:
     assert [t[1] for t in uninterrupted["trials"]] == [TrialStatus.COMPLETE] * 3
     assert uninterrupted["trials"][0][2] == "baseline"
     assert uninterrupted["trials"][0][3]["objective"]["divergence_term"] is None
-    assert uninterrupted["trials"][1][2] == "recommended"
+    assert uninterrupted["trials"][1][2] == "screen"
     assert len(uninterrupted["samples"]) == 3
     assert all(set(sample) == {"prompt", "base", "aligned"} for sample in uninterrupted["samples"])
     tails = uninterrupted["heavy_tails"]
@@ -131,7 +131,8 @@ def test_auto_ends_with_evidence(uninterrupted: dict[str, Any]) -> None:
     assert all(layer["before"] != layer["after"] for layer in tails["layers"])
     steps = [step for step, _ in uninterrupted["curves"]["train"]]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) > len(uninterrupted["curves"]["trial:0"])
+    winner = uninterrupted["winner"]
+    assert uninterrupted["curves"]["train"] == uninterrupted["curves"][f"trial:{winner}"]
     assert "rewards/margins" in uninterrupted["curves"]["train"][0][1]
 
 
@@ -156,9 +157,12 @@ def test_killed_between_two_writes_ends_the_same(
 ) -> None:
     deaths: list[tuple[type, str, str]] = [
         (StepRepository, "succeed", "before"),  # the recommendation is stored, its step is not
-        (ExperimentRepository, "start_trial", "after"),
-        (SearchDriver, "tell", "before"),
-        (SearchDriver, "tell", "after"),
+        (SearchRepository, "create", "after"),
+        (SearchRepository, "take", "after"),
+        (SearchRepository, "finish", "before"),
+        (SearchRepository, "finish", "after"),
+        (SearchRepository, "end", "before"),
+        (SearchRepository, "end", "after"),
         (StepRepository, "succeed", "before"),  # the search is over, its step is not
         (ExperimentRepository, "add_resume_point", "before"),
         (ExperimentRepository, "publish_checkpoint", "before"),
@@ -416,11 +420,14 @@ def test_device_seconds_end_a_search(world: TrainingWorld) -> None:
     world.fine_tune(method)
     result = TrainingResult.model_validate(world.attempt(fine_tune.run))
     assert result.search is not None
-    assert (result.search.trials, result.search.stopped_by) == (1, "gpu_seconds")
+    assert (result.search.trials, result.search.stopped_by) == (0, "budget")
+    assert result.search.winner_trial is None
+    assert "what the metrics recommend" in result.search.sentence
+    assert result.run.objective.divergence_term is not None
 
 
 def test_a_drift_budget_that_nothing_keeps_is_a_clear_failure(world: TrainingWorld) -> None:
-    search = {"max_trials": 2, "drift_budget": 1e-12, "trial_epochs": 0.5}
+    search = {"max_trials": 2, "drift_budget": 1e-12}
     world.fine_tune({"type": "auto", "auto": {"search": search}})
     with pytest.raises(RunAborted, match="no usable trial") as caught:
         world.attempt(fine_tune.run)

@@ -15,6 +15,7 @@ from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.results import Comparison, Evaluation, RunSummary, SearchSummary, TrainingResult
 from core.run_spec import CandidateSpec, SearchSpec
 from core.spec import ObjectiveSpec
+from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.steps import StepRepository
 from worker.context import JobContext
@@ -163,7 +164,8 @@ class _FineTune:
             return Trained.model_validate(done)
         with context.transaction() as session:
             StepRepository(session).start(context.fence, scope)
-        outcome = self._bench.train(plan.request(scope), span=self._spans[scope])
+        request = plan.request(scope)
+        outcome = self._bench.train(request, span=self._spans[scope])
         diverged = scope == "baseline" and outcome.ended_by is EndedBy.NAN
         if diverged:
             context.warn("Plain DPO diverged; the run is kept without it.", reason=outcome.message)
@@ -180,6 +182,10 @@ class _FineTune:
         # One transaction: an attempt that dies in between would charge the run twice.
         with context.transaction() as session:
             seconds = outcome.seconds * self._bench.processes
+            if request.adopts is not None and ExperimentRepository(session).copy_metrics(
+                context.fence, source=request.adopts, target=scope
+            ):
+                seconds = 0.0  # the search has paid for it
             JobRepository(session).add_gpu_seconds(context.fence, seconds)
             StepRepository(session).succeed(context.fence, scope, trained.model_dump(mode="json"))
         return trained

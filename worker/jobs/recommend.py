@@ -20,6 +20,7 @@ from worker.jobs.past import past_searches
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import Workbench, open_workbench
 from worker.training.batches import computed_tokens
+from worker.training.lanes import lanes_of
 from worker.training.reference import compute_reference
 from worker.training.tokenize import TokenizedPair
 
@@ -138,7 +139,8 @@ def _expected_s(bench: Workbench, sample: Sequence[TokenizedPair]) -> float:
     began = time.monotonic()
     compute_reference(bench.policy, timed, progress=_unheard)
     tokens, of = (sum(computed_tokens(p, form) for p in pairs) for pairs in (timed, sample))
-    return (time.monotonic() - began) * of / tokens
+    # They are one batch, which has one lane to itself.
+    return (time.monotonic() - began) * of / tokens / lanes_of(bench.policy)
 
 
 def _unheard(_done: int, _total: int) -> None:

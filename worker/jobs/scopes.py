@@ -183,12 +183,14 @@ class ScopeStore:
         return read_point(path, sha256=point.manifest_sha256, identity=self._identity)
 
     def clear(self) -> None:
-        """Forget and remove all points of the scope: it will not be asked for again."""
+        """Forget and remove all points of the scope, adopted ones too: nobody will ask for them."""
         context = self._context
+        dropped: list[str] = []
         with context.transaction() as session:
-            dropped = ExperimentRepository(session).drop_resume_points(
-                context.fence, job_id=context.home_id, scope=self._scope, keep_from_step=2**31 - 1
-            )
+            for scope in filter(None, (self._scope, self._adopts)):
+                dropped += ExperimentRepository(session).drop_resume_points(
+                    context.fence, job_id=context.home_id, scope=scope, keep_from_step=2**31 - 1
+                )
         self._remove(dropped)
 
     def _remove(self, paths: list[str]) -> None:

@@ -116,7 +116,10 @@ def _choose(
     bench: Workbench, study: StudyRow, state: Study, records: Sequence[TaskRecord]
 ) -> Choice:
     plan = plan_from_json(study.plan)
-    rung = answer(plan, state).rung
+    best_so_far = answer(plan, state)
+    rung = best_so_far.rung
+    if rung is None and not records:
+        return _untried(study, plan, best_so_far.candidate)
     if rung is None:
         raise RunAborted(
             f"no usable trial: none of {len({r.trial.id for r in records})} ended with a log-loss "
@@ -154,6 +157,21 @@ def _choose(
             sentence=selection.reason,
         ),
     )
+
+
+def _untried(study: StudyRow, plan: Plan, recommended: CandidateSpec) -> Choice:
+    """What is chosen where the budget has paid for nothing: the recommendation."""
+    return Choice(
+        winner=recommended,
+        baseline=plan.plain.candidate,
+        plain_trials=0,
+        summary=SearchSummary(
+            study_id=study.id, trials=0, infeasible=0, winner_trial=None, tied_trials=(),
+            stopped_by="budget",
+            sentence=f"No trial was made ({study.stop_reason}): "
+            f"{recommended.objective.label} is what the metrics recommend.",
+        ),
+    )  # fmt: skip
 
 
 def _configs(

@@ -6,6 +6,7 @@ worker's task waits again as soon as its attempt has ended, and goes on from its
 """
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -159,7 +160,8 @@ def _take(
             candidate=start.candidate.model_dump(mode="json"), reason=start.reason,
         )  # fmt: skip
     repository.take(
-        context.fence, study, record, limit_seconds=start.limit_seconds,
+        context.fence, study, record,
+        limit_seconds=start.limit_seconds if math.isfinite(start.limit_seconds) else None,
         label=start.candidate.objective.label,
     )  # fmt: skip
     return record

@@ -8,10 +8,7 @@ from core.hub import fetch
 from core.lifecycle import Phase
 from core.modelref import ModelRef
 from core.run_spec import TrainSpec
-from core.spec import (
-    ObjectiveSpec,
-    PenaltyTerm,
-)
+from core.spec import ObjectiveSpec, PenaltyTerm
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from objectives import (

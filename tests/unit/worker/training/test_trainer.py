@@ -84,7 +84,7 @@ def test_a_trial_is_the_first_steps_of_the_final_run(
     trial, run = Recorder(), Recorder()
     train = TrainSpec(n_epochs=2.5, batch_size=5, learning_rate=5e-3, weight_decay=0.01)
     resolve = partial(resolve_plan, train, num_pairs=12, hidden_size=32, seed=3)
-    short, whole_plan = resolve(trial_epochs=1.75).as_dict(), resolve().as_dict()
+    short, whole_plan = resolve(stop_after=4).as_dict(), resolve().as_dict()
     assert (short["stop_after"], whole_plan["total_steps"]) == (4, 6)
     bench.train(spec, hooks=trial, **short)
     weights = bench.weights()
