@@ -9,6 +9,7 @@ from kdpo.errors import (
     Conflict,
     ConnectionFailed,
     DownloadFailed,
+    InvalidArgument,
     InvalidRequest,
     JobCancelled,
     JobFailed,
@@ -24,6 +25,7 @@ from kdpo.errors import (
     TimedOut,
     TooLarge,
     Unauthenticated,
+    UnexpectedAnswer,
     UnsupportedMedia,
 )
 from kdpo.types import (
@@ -52,6 +54,7 @@ __all__ = [
     "DownloadProgress",
     "ErrorItem",
     "Event",
+    "InvalidArgument",
     "InvalidRequest",
     "Job",
     "JobCancelled",
@@ -70,6 +73,7 @@ __all__ = [
     "TimedOut",
     "TooLarge",
     "Unauthenticated",
+    "UnexpectedAnswer",
     "UnsupportedMedia",
     "Update",
 ]

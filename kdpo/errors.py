@@ -19,6 +19,10 @@ class KdpoClientError(Exception):
         self.hint = hint
 
 
+class InvalidArgument(KdpoClientError):
+    """An argument cannot be what was meant; nothing was sent."""
+
+
 class ApiError(KdpoClientError):
     """The server refused: its code, hint and request id, and each place that is wrong.
 

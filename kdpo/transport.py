@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import httpx
 
-from kdpo.errors import ConnectionFailed, KdpoClientError
+from kdpo.errors import ConnectionFailed, InvalidArgument
 from kdpo.flows import FilePart, Reply, Request
 from kdpo.sending import Policy
 
@@ -35,16 +35,16 @@ def address(
     """Return where the server is: arguments first, then `KDPO_BASE_URL` and `KDPO_API_KEY`.
 
     Raises:
-        KdpoClientError: the address is none.
+        InvalidArgument: the address is none.
     """
     url = (base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
-        raise KdpoClientError(
+        raise InvalidArgument(
             f"received the address {url!r}, expected one such as {DEFAULT_URL}",
             hint=f"set base_url or {URL_VARIABLE}",
         )
     if timeout_s <= 0 or max_retries < 0:
-        raise KdpoClientError(
+        raise InvalidArgument(
             f"received timeout_s={timeout_s} and max_retries={max_retries}; expected more than 0 "
             "seconds and 0 or more retries"
         )
@@ -135,12 +135,12 @@ def open_file(part: FilePart) -> Any:
     """Open the file of a form.
 
     Raises:
-        KdpoClientError: it cannot be read.
+        InvalidArgument: it cannot be read.
     """
     try:
         file = part.path.open("rb")
     except OSError as error:
-        raise KdpoClientError(f"cannot read {part.path}: {error.strerror}") from error
+        raise InvalidArgument(f"cannot read {part.path}: {error.strerror}") from error
     if part.on_bytes is None:
         return file
     return CountedFile(file, part.path.stat().st_size, part.on_bytes)

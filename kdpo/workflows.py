@@ -8,7 +8,7 @@ from typing import Any
 
 from kdpo.calls import HasPolicy, call, listing
 from kdpo.downloads import DownloadProgress, downloaded
-from kdpo.errors import KdpoClientError
+from kdpo.errors import InvalidArgument, KdpoClientError
 from kdpo.flows import FilePart, Flow, Items, Request, heard
 from kdpo.resources import (
     ANSWER_S,
@@ -191,7 +191,7 @@ def method_of(
     """Return `method` as the API has it.
 
     Raises:
-        KdpoClientError: an option would be ignored.
+        InvalidArgument: an option would be ignored.
     """
     options = without_none(
         {
@@ -204,7 +204,7 @@ def method_of(
     if isinstance(method, str):
         return {"type": method, method: options}
     if options:
-        raise KdpoClientError(
+        raise InvalidArgument(
             f"received a whole `method` and {', '.join(options)} beside it, which would be ignored",
             hint='put them into the method, or name it: method="kernel_dpo"',
         )
@@ -226,7 +226,7 @@ def as_file(data: Data) -> Path | None:
         return None
     path = Path(data).expanduser()
     if not path.is_file():
-        raise KdpoClientError(
+        raise InvalidArgument(
             f"received {str(data)!r}, expected a file, or the id of a dataset ({DATASET_PREFIX}…)",
             hint="check the path; `kdpo` runs in another folder than you may think",
         )
@@ -252,7 +252,7 @@ def _recommended(
     file = as_file(data)
     if file is None:
         if policy is not None:
-            raise KdpoClientError(
+            raise InvalidArgument(
                 "`policy` is for reading a file, and a dataset was given",
                 hint="client.datasets.reread makes a dataset of it under another policy",
             )
@@ -320,7 +320,7 @@ def _brought(
     tell: Callable[[DownloadProgress], None] | None,
 ) -> Flow[Path]:
     if parallel < 1:
-        raise KdpoClientError(f"received parallel={parallel}, expected 1 or more")
+        raise InvalidArgument(f"received parallel={parallel}, expected 1 or more")
     checkpoint = yield from _checkpoint(what, policy)
     return (yield from downloaded(checkpoint, folder, policy, parallel=parallel, tell=tell))
 

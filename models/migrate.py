@@ -4,8 +4,11 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 import migrations
+from models.session import make_engine
 
 
 def alembic_config(url: str) -> Config:
@@ -19,3 +22,15 @@ def alembic_config(url: str) -> Config:
 def upgrade(url: str, revision: str = "head") -> None:
     """Run all migrations that are missing; nothing happens when there are none."""
     command.upgrade(alembic_config(url), revision)
+
+
+def is_newest(url: str) -> bool:
+    """Whether a database is at the newest revision."""
+    newest = ScriptDirectory.from_config(alembic_config(url)).get_heads()
+    engine = make_engine(url, pool_size=1)
+    try:
+        with engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_heads()
+    finally:
+        engine.dispose()
+    return set(found) == set(newest)

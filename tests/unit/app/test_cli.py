@@ -82,7 +82,7 @@ def test_keys_are_made_listed_and_revoked(kdpo: Kdpo, tmp_path: Path) -> None:
     assert "jobs:read" in listed
     assert kdpo("keys", "revoke", found.group(1)).returncode == 0
     assert "revoked" in kdpo("keys", "list").stdout
-    check_failed(kdpo("keys", "revoke", found.group(1)), "no usable key")
+    check_failed(kdpo("keys", "revoke", found.group(1)), "no usable key", code=3)
 
 
 def test_data_dir_option(kdpo: Kdpo, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_only_a_missing_table_is_a_reason_to_migrate(
     def fail(_url: str) -> None:
         raise wrapped
 
-    monkeypatch.setattr("app.cli.upgrade", fail)
+    monkeypatch.setattr("app.serving.upgrade", fail)
     done = kdpo("migrate")
     check_failed(done, "the database refused: no such")
     assert ("kdpo migrate" in done.stderr) is hinted
