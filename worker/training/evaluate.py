@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from core.spec import KlSpec
 from objectives import build_divergence, segment_sum, streamed_divergence
 from worker.training.batches import PairBatch, collate, micro_batches
 from worker.training.forward import hidden_states, score_tokens
+from worker.training.lanes import in_lanes, lanes_of
 from worker.training.model import Policy
 from worker.training.reference import FORWARD_TOKENS
 from worker.training.states import ReferenceStates, states_missing
@@ -99,20 +101,28 @@ def measure(
     """
     if policy.is_full and reference is None:
         raise states_missing("drift on held-out pairs is measured from")
-    scored = partial(scored_batch, policy) if scored is None else scored
+    # Switching to the reference and back, and what wraps a policy, are for one batch at a time.
+    lanes = lanes_of(policy) if reference is not None and scored is None else 1
+    score = partial(scored_batch, policy) if scored is None else scored
     n = len(pairs)
     out = np.zeros((3, n))
     done = 0
-    for group in micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form):
+
+    def one(group: Sequence[int]) -> Tensor:
         batch = collate(pairs, group, form=policy.form, device=policy.device)
         if reference is not None:
             base = reference.of(batch)
         else:
             with policy.as_reference():
                 base = hidden_states(policy, batch, embeddings=False).states
-        out[:, list(batch.order)] = scored(batch, base).double().cpu().numpy()
-        done += len(group)
-        progress(done, n)
+        return score(batch, base).double().cpu()
+
+    groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
+    with closing(in_lanes(groups, one, lanes=lanes)) as results:
+        for group, found in zip(groups, results, strict=True):
+            out[:, list(group)] = found.numpy()
+            done += len(group)
+            progress(done, n)
     return Measured(
         chosen=out[0],
         rejected=out[1],

@@ -3,7 +3,9 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from selection.features import ReferenceFeatures
 from worker.training.batches import PairBatch, collate, micro_batches
 from worker.training.folders import file_sha256
 from worker.training.forward import hidden_states, score_tokens
+from worker.training.lanes import in_lanes, lanes_of
 from worker.training.model import Policy
 from worker.training.tokenize import TokenizedPair
 
@@ -134,36 +137,64 @@ def compute_reference(
     sampled_from: list[Tensor] = []
     done, seen = 0, 0
     groups = micro_batches(pairs, range(n), max_tokens=FORWARD_TOKENS, form=policy.form)
-    with policy.as_reference():
-        for group in groups:
-            batch = collate(pairs, group, form=policy.form, device=policy.device)
-            hidden = hidden_states(policy, batch, embeddings=True)
-            scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
-            assert hidden.embeddings is not None
-            assert scores.entropy is not None
-            chosen, rejected = scores.sequence_log_probs(batch)
+    one = partial(_pass_batch, policy, pairs, keep=take_states is not None)
+    with (
+        policy.as_reference(),
+        closing(in_lanes(groups, one, lanes=lanes_of(policy))) as passes,
+    ):
+        for passed in passes:
+            batch, rows = passed.batch, list(passed.batch.order)
             if take_states is not None:
-                take_states(batch, hidden.states)
-            rows = list(batch.order)
-            entropy = per_pair_mean(scores.entropy, batch.row % batch.pairs, batch.pairs)
-            for name, value in (
-                ("prompt_embedding", hidden.embeddings.prompt),
-                ("chosen_embedding", hidden.embeddings.chosen),
-                ("rejected_embedding", hidden.embeddings.rejected),
-                ("chosen_log_prob", chosen),
-                ("rejected_log_prob", rejected),
-                ("entropy", entropy / math.log(policy.head.out_features)),
-            ):
-                out[name][rows] = value.float().cpu()
+                assert passed.states is not None
+                take_states(batch, passed.states)
+            for name, value in passed.values.items():
+                out[name][rows] = value
             # Every stride-th response token of the whole pass, wherever batches end.
             evenly = slice(-seen % stride, None, stride)
-            sampled.append(scores.log_prob[evenly].float().cpu())
+            sampled.append(passed.log_prob[evenly])
             sampled_from.append(torch.tensor(rows)[(batch.row % batch.pairs)[evenly].cpu()])
-            seen += scores.log_prob.shape[0]
-            done += len(group)
+            seen += passed.log_prob.shape[0]
+            done += batch.pairs
             progress(done, n)
     return ReferenceTable(
         **out, token_log_probs=torch.cat(sampled), token_pair=torch.cat(sampled_from)
+    )
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What one batch gives: rows of the table by name, and (N,) log-probs of response tokens."""
+
+    batch: PairBatch
+    states: Tensor | None
+    log_prob: Tensor
+    values: dict[str, Tensor]
+
+
+def _pass_batch(
+    policy: Policy, pairs: Sequence[TokenizedPair], group: Sequence[int], *, keep: bool
+) -> _Passed:
+    """Run the model, as it stands, over one batch; `keep` the hidden states."""
+    batch = collate(pairs, group, form=policy.form, device=policy.device)
+    hidden = hidden_states(policy, batch, embeddings=True)
+    scores = score_tokens(policy.head, hidden.states, batch.labels, entropy=True)
+    assert hidden.embeddings is not None
+    assert scores.entropy is not None
+    chosen, rejected = scores.sequence_log_probs(batch)
+    entropy = per_pair_mean(scores.entropy, batch.row % batch.pairs, batch.pairs)
+    values = {
+        "prompt_embedding": hidden.embeddings.prompt,
+        "chosen_embedding": hidden.embeddings.chosen,
+        "rejected_embedding": hidden.embeddings.rejected,
+        "chosen_log_prob": chosen,
+        "rejected_log_prob": rejected,
+        "entropy": entropy / math.log(policy.head.out_features),
+    }
+    return _Passed(
+        batch=batch,
+        states=hidden.states if keep else None,
+        log_prob=scores.log_prob.float().cpu(),
+        values={name: value.float().cpu() for name, value in values.items()},
     )
 
 
