@@ -3,6 +3,8 @@
 from fastapi import APIRouter
 
 from app import (
+    api_keys,
+    audit,
     checkpoint_downloads,
     checkpoints,
     dataset_rows,
@@ -14,6 +16,8 @@ from app import (
     recommendations,
     studies,
     upload_sessions,
+    usage,
+    workers,
 )
 from app.openapi import PROBLEM_RESPONSES
 
@@ -24,6 +28,7 @@ def v1_router() -> APIRouter:
     for domain in (
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
         checkpoints, checkpoint_downloads, files, upload_sessions,
+        api_keys, usage, workers, audit,
     ):  # fmt: skip
         router.include_router(domain.router)
     router.include_router(checkpoint_downloads.links)

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.keys import Scope, hash_key
+from app.limits import note_caller, spend
 from app.queue import CeleryQueue
 from app.responses import ListOf, list_of, next_page
 from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
@@ -88,9 +89,11 @@ def authenticate(
 
     Raises:
         Unauthenticated: there is no key, or it is unknown, revoked or expired.
+        TooManyRequests: the key has asked too often.
     """
     if not settings.auth.required:
         owner_id: str = request.app.state.default_owner_id
+        note_caller(request, owner_id=owner_id, key_id=None)
         return Caller(owner_id, owner_id, frozenset({Scope.ADMIN}))
     if credentials is None:
         raise Unauthenticated(
@@ -104,17 +107,23 @@ def authenticate(
         raise Unauthenticated(
             "the API key is unknown, revoked or expired", hint="`kdpo keys list` shows the keys"
         )
+    rate = key.requests_per_minute or settings.auth.requests_per_minute
+    spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
     if key.last_used_at is None or key.last_used_at < time.time() - TOUCH_EVERY_S:
         with database.transaction() as session:
             OwnerRepository(session).touch_key(key.id, older_than_s=TOUCH_EVERY_S)
     return Caller(key.owner_id, key.id, frozenset(key.scopes))
 
 
-def requires(scope: Scope) -> Callable[[Request, Caller], Caller]:
-    """Return a dependency: a caller with the scope, and a request that says nothing unknown."""
+def requires(scope: Scope | None) -> Callable[[Request, Caller], Caller]:
+    """Return a dependency: a caller with the scope, and a request that says nothing unknown.
+
+    None: any scope will do.
+    """
 
     def check(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
-        caller.must(scope)
+        if scope is not None:
+            caller.must(scope)
         refuse_unknown_query(request)
         refuse_other_bodies(request)
         return caller
@@ -128,6 +137,8 @@ ReadsJobs = Annotated[Caller, Depends(requires(Scope.JOBS_READ))]
 WritesJobs = Annotated[Caller, Depends(requires(Scope.JOBS_WRITE))]
 ReadsArtifacts = Annotated[Caller, Depends(requires(Scope.ARTIFACTS_READ))]
 WritesArtifacts = Annotated[Caller, Depends(requires(Scope.ARTIFACTS_WRITE))]
+Admin = Annotated[Caller, Depends(requires(Scope.ADMIN))]
+AnyCaller = Annotated[Caller, Depends(requires(None))]
 
 
 def refuse_unknown_query(request: Request) -> None:

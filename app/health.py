@@ -62,7 +62,7 @@ def ready(database: Db, queue: Queue, settings: Config) -> Response:
         with database.reading() as session:
             workers = WorkerRepository(session).live(within_s=settings.worker.lease_s)
         live = len(workers)
-        served = {name for worker in workers if not worker.draining for name in worker.queues}
+        served = {name for worker in workers if worker.takes_jobs for name in worker.queues}
         database_check = Check(ok=True, detail="answers")
     except KdpoError as error:
         database_check = Check(ok=False, detail=error.message)

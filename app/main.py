@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from app import errors, health, problems
+from app import audit, errors, health, limits, problems
 from app.api import v1_router
 from app.deps import DEFAULT_OWNER
 from app.middleware import BodyLimit, RequestLog
@@ -41,9 +41,11 @@ def create_app(settings: Settings) -> FastAPI:
         followers = Followers(
             database, period_s=settings.api.stream_poll_s, max_streams=settings.api.max_streams
         )
+        limiter = limits.make_limiter(settings)
         try:
             app.state.database, app.state.queue = database, queue
             app.state.followers = followers
+            app.state.limiter = limiter
             if not settings.auth.required:
                 app.state.default_owner_id = await run_in_threadpool(_default_owner, database)
             await run_in_threadpool(remove_stale_parts, settings.upload_dir)
@@ -55,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
             await followers.stop()
             if thread.ident is not None:
                 await run_in_threadpool(thread.join)
+            limiter.close()
             queue.close()
             database.dispose()
 
@@ -72,8 +75,11 @@ def create_app(settings: Settings) -> FastAPI:
         max_body_bytes=settings.api.max_body_bytes,
         max_upload_bytes=settings.api.max_upload_bytes,
     )
+    app.add_middleware(audit.AuditLog)
+    app.add_middleware(limits.Accounts)
     app.add_middleware(RequestLog)
     errors.install(app)
+    limits.install(app)
     app.include_router(health.router)
     app.include_router(problems.router, responses=PROBLEM_RESPONSES)
     app.include_router(v1_router())

@@ -65,7 +65,10 @@ EXPLANATIONS = {
     "Drop it.",
     "overloaded": "The server computes as many analyses as it does at once. Ask again shortly.",
     "precondition_failed": "The object has changed since the version that `If-Match` names.",
+    "quota_exceeded": "The owner would pass a limit; `quota` says which, what is used, and when "
+    "there is room.",
     "range_not_satisfiable": "The range begins behind the end of the file.",
+    "rate_limit_exceeded": "The API key asks too often. Wait as long as `Retry-After` says.",
     "recommendation_not_ready": "The recommendation has no final answer yet, or ended without one.",
     "source_address_blocked": "The host of the source has an address that this server may not "
     "connect to: a private, loopback, link-local, metadata or multicast one.",

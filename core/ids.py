@@ -28,6 +28,7 @@ class IdPrefix(StrEnum):
     EVENT = "evt_"
     REQUEST = "req_"
     WORKER = "wrk_"
+    AUDIT = "aud_"
 
 
 def ulid(unix_ms: int | None = None) -> str:

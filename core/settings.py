@@ -34,6 +34,11 @@ class ApiSettings(_Group):
     max_body_bytes: int = Field(default=MIB, gt=0, description="bodies other than uploads")
     wait_default_s: float = Field(default=30.0, ge=0)
     wait_max_s: float = Field(default=120.0, ge=0)
+    stream_poll_s: float = Field(
+        default=0.5, gt=0, le=10, description="how often followed jobs are looked at"
+    )
+    stream_ping_s: float = Field(default=15.0, gt=0, description="silence before a ping")
+    max_streams: int = Field(default=20, ge=1, description="open event streams of one API key")
 
 
 class DbSettings(_Group):
@@ -142,6 +147,9 @@ class WorkerSettings(_Group):
     max_losses: int = Field(default=5, ge=1)
     max_retries: int = Field(default=2, ge=0)
     backoff_s: float = Field(default=2.0, ge=0)
+    quarantine_s: float = Field(
+        default=600.0, ge=0, description="without jobs for a worker that lost its last three"
+    )
     spare_runner: bool = Field(
         default=True, description="keep a process with torch for the next job that runs models"
     )
@@ -237,6 +245,10 @@ class AuthSettings(_Group):
     """Bearer keys; switching them off is refused beyond loopback."""
 
     required: bool = True
+    requests_per_minute: int = Field(
+        default=6000, ge=1, description="of a key without a rate of its own"
+    )
+    audit_days: float = Field(default=365.0, gt=0, description="that the audit log is kept")
 
 
 class Settings(BaseSettings):

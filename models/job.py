@@ -156,3 +156,8 @@ class Worker(Identified, Base):
     seen_at: Mapped[float] = mapped_column(Epoch, index=True)
     draining: Mapped[bool] = mapped_column(insert_default=False)
     drain_requested_at: Mapped[float | None] = mapped_column(Epoch)
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it is neither stopping nor told to take no more."""
+        return not self.draining and self.drain_requested_at is None

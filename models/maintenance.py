@@ -7,10 +7,13 @@ from core.errors import StorageFull, Unavailable
 from core.queue import WakeSender
 from core.settings import Settings
 from models.outbox import relay_once
+from models.repositories.audit import AuditRepository
 from models.repositories.jobs import JobRepository, Reaped
 from models.session import Database
 
 _log = logging.getLogger("kdpo.maintenance")
+
+_FORGET_S = 3600.0
 
 
 class Maintenance:
@@ -29,8 +32,9 @@ class Maintenance:
         self._database = database
         self._sender = sender
         self._limits = settings.worker
+        self._audit_s = settings.auth.audit_days * 86_400
         self._clock = clock or SystemClock()
-        self._reap_at = float("-inf")
+        self._reap_at = self._forget_at = float("-inf")
 
     def tick(self) -> None:
         """Reap when it is time, then relay; call it every `period_s`.
@@ -38,12 +42,19 @@ class Maintenance:
         A database or broker that does not answer is logged and met again in the next round.
         """
         try:
+            if self._clock.monotonic() >= self._forget_at:
+                self._forget_at = self._clock.monotonic() + _FORGET_S
+                self._forget()
             if self._clock.monotonic() >= self._reap_at:
                 self._reap_at = self._clock.monotonic() + self._limits.reap_s
                 self.reap()
             relay_once(self._database, self._sender)
         except (Unavailable, StorageFull) as error:
             _log.warning("upkeep is put off: %s", error.message)
+
+    def _forget(self) -> None:
+        with self._database.transaction() as session:
+            AuditRepository(session).sweep(older_than_s=self._audit_s)
 
     def reap(self) -> list[Reaped]:
         """Take back the jobs whose worker stopped renewing the lease.

@@ -140,7 +140,10 @@ class Supervisor:
                 claimed_at = self._clock.monotonic()
                 with self._database.transaction() as session:
                     claim = JobRepository(session).claim(
-                        queue, worker_id=self._worker_id, lease_s=self._limits.lease_s
+                        queue,
+                        worker_id=self._worker_id,
+                        lease_s=self._limits.lease_s,
+                        quarantine_s=self._limits.quarantine_s,
                     )
                 if claim is None:
                     if self._spare is not None and queue is _MODEL_QUEUE:

@@ -5,6 +5,7 @@ from sqlalchemy.orm import Session
 
 from core.ids import IdPrefix, new_id
 from models.owner import ApiKey, Owner
+from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
 
 
@@ -16,7 +17,7 @@ class OwnerRepository:
 
     def ensure(self, name: str) -> Owner:
         """Return the owner of that name, made if missing."""
-        owner = self._session.execute(select(Owner).where(Owner.name == name)).scalar_one_or_none()
+        owner = self.find(name)
         if owner is None:
             owner = Owner(id=new_id(IdPrefix.OWNER), name=name)
             self._session.add(owner)
@@ -37,6 +38,7 @@ class OwnerRepository:
         secret_sha256: str,
         scopes: list[str],
         expires_at: float | None = None,
+        requests_per_minute: int | None = None,
     ) -> ApiKey:
         """Insert a key by its hash."""
         key = ApiKey(
@@ -47,6 +49,7 @@ class OwnerRepository:
             secret_sha256=secret_sha256,
             scopes=scopes,
             expires_at=expires_at,
+            requests_per_minute=requests_per_minute,
         )
         self._session.add(key)
         self._session.flush()
@@ -60,6 +63,34 @@ class OwnerRepository:
             or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > db_now()),
         )
         return self._session.execute(statement).scalar_one_or_none()
+
+    def find(self, name: str) -> Owner | None:
+        """Return the owner of that name."""
+        return self._session.execute(select(Owner).where(Owner.name == name)).scalar_one_or_none()
+
+    def get(self, owner_id: str) -> Owner:
+        """Return an owner that is known to be there."""
+        return self._session.get_one(Owner, owner_id)
+
+    def find_id(self, owner_id: str) -> Owner | None:
+        """Return the owner with that id."""
+        return self._session.get(Owner, owner_id)
+
+    def find_key(self, key_id: str) -> ApiKey | None:
+        """Return the key with that id."""
+        return self._session.get(ApiKey, key_id)
+
+    def key_page(
+        self, query: PageQuery, *, owner_name: str | None = None
+    ) -> Page[tuple[ApiKey, Owner]]:
+        """Return one page of the keys with their owners; of one owner if that is named."""
+        statement = select(ApiKey)
+        if owner_name is not None:
+            named = select(Owner.id).where(Owner.name == owner_name).scalar_subquery()
+            statement = statement.where(ApiKey.owner_id == named)
+        page = fetch_page(self._session, statement, ApiKey.id, query)
+        rows = [(key, self.get(key.owner_id)) for key in page.rows]
+        return Page(rows=rows, has_more=page.has_more)
 
     def list_keys(self) -> list[ApiKey]:
         """Return all keys, oldest first."""

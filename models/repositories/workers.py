@@ -60,7 +60,7 @@ class WorkerRepository:
         statement = select(Worker).where(Worker.seen_at > db_now() - within_s).order_by(Worker.id)
         return list(self._session.execute(statement).scalars())
 
-    def page_of_live(self, *, within_s: float) -> list[tuple[Worker, str | None]]:
+    def live_with_jobs(self, *, within_s: float) -> list[tuple[Worker, str | None]]:
         """Return workers seen lately, each with the job it works on."""
         statement = (
             select(Worker, Job.id)
