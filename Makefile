@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-search bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -84,6 +84,9 @@ bench-selection: setup ## Compare recommendations with trained rankings (FULL=1:
 bench-kernel-term: setup ## Compare uses of kernels in the loss with γ = 0 (FULL=1: measure)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.kernel_term $(if $(FULL),--full) \
 	  $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+
+bench-history: setup ## Compare searches that know finished ones with searches that do not (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.history
 
 # FULL=1 first trains what the table with several settings lacks (hours for all); it can be stopped and goes on.
 # DATA=folder and LIMIT=runs are for FULL=1.

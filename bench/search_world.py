@@ -7,7 +7,7 @@ figure that was chosen for being small is small by chance too.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,7 @@ class World:
         return number * math.fsum(arm.cost for arm in self.arms)
 
 
-def arms_of(scores: dict[str, float]) -> tuple[Arm, ...]:
+def arms_of(scores: Mapping[str, float]) -> tuple[Arm, ...]:
     """Plain DPO and the 28 pairs of the recorded tables, the best scores first."""
     specs = objectives()
     names = [PLAIN, *sorted((n for n in specs if n != PLAIN), key=lambda n: -scores.get(n, 0.0))]
@@ -136,7 +136,7 @@ class _Made:
         guess = law.agreement * effects[1:] / law.pair_sd
         guess = guess + math.sqrt(1.0 - law.agreement**2) * rng.normal(size=n - 1)
         self.scores = dict(zip(names[1:], (law.pair_sd * guess).tolist(), strict=True))
-        self._effect = dict(zip(names, effects.tolist(), strict=True))
+        self.effects = dict(zip(names, effects.tolist(), strict=True))
         self._optimum = dict(zip(names, rng.normal(0.0, law.optimum_sd, size=(n, 2)), strict=True))
         # Spread of what trials at recommended settings are worth: what a short run mistakes.
         self._spread = math.hypot(law.pair_sd, law.curvature * 2.0 * law.optimum_sd**2)
@@ -144,7 +144,7 @@ class _Made:
     def value(self, arm: str, setting: Setting) -> float:
         """Percent of log-loss won at full length."""
         away = np.array(setting.point[:2]) - self._optimum[arm]
-        return self._effect[arm] - self._law.curvature * float(away @ away)
+        return self.effects[arm] - self._law.curvature * float(away @ away)
 
     def worth(self, arm: str, setting: Setting) -> Worth:
         value = self.value(arm, setting)
@@ -173,7 +173,20 @@ class _Made:
 def made_up(law: Law, seed: int) -> World:
     """A world drawn from a law; the same law and seed give the same one."""
     made = _Made(law, seed)
+    return _world(made, law, made.scores, seed)
+
+
+def made_of(
+    law: Law, seed: int, *, gains: Mapping[str, float], scores: Mapping[str, float]
+) -> World:
+    """A world in which pairs have these gains and scores; everything else is drawn from the law."""
+    made = _Made(law, seed)
+    made.effects = {PLAIN: 0.0, **gains}
+    return _world(made, law, scores, seed)
+
+
+def _world(made: _Made, law: Law, scores: Mapping[str, float], seed: int) -> World:
     return World(
-        name=f"made up {seed}", data=f"made up {seed}", arms=arms_of(made.scores),
+        name=f"made up {seed}", data=f"made up {seed}", arms=arms_of(scores),
         rungs=law.rungs, grid=GRID, pool=(), repeats=1, show=made.show, worth=made.worth,
     )  # fmt: skip

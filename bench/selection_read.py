@@ -25,10 +25,12 @@ SHAPE = (len(BASE_KERNELS), len(DivergenceName))
 class Found:
     """A whole case with what its report needs besides the statistics.
 
-    The scores of `case` are made with a prior table of the other datasets alone; `shipped` and
+    The scores of `case` are made with `prior`, a table of the other datasets alone; `shipped` and
     `metrics` are the same case with the shipped table, which saw these runs, and with no table.
     """
 
+    profile: DatasetProfile
+    prior: PriorTable
     case: Case
     shipped: Case
     metrics: Case
@@ -156,6 +158,8 @@ def _profile(about: Row) -> DatasetProfile | None:
 
 def _found(whole: _Whole, *, prior: PriorTable) -> Found:
     return Found(
+        profile=whole.profile,
+        prior=prior,
         case=whole.ranked(prior),
         shipped=whole.ranked(PRIOR),
         metrics=whole.ranked(NOTHING_KNOWN),

@@ -1,118 +1,52 @@
 """Finished searches: they help where they carry over, and move nothing where they do not."""
 
-from itertools import product
 from statistics import fmean
 
 import numpy as np
 import pytest
 
-from core.profile import DatasetProfile, HistoryUse
+from bench.history_worlds import MODEL, PAIRS, PRIOR, Past, data, merits, scores, search, service
+from core.profile import HistoryUse
 from core.spec import DivergenceName, KernelName
 from selection.history import Gain, PastSearch, refine
 from selection.parts import (
-    NO_HISTORY,
     Refinement,
     Shift,
-    by_kernel,
-    divergence_parts,
-    kernel_parts,
-    refined,
 )
-from selection.prior import NOTHING_KNOWN
 from selection.recommender import recommend
 from tests.unit.selection.samples import profile
 
-Effects = dict[KernelName | DivergenceName, float]
-PAIRS = list(product(KernelName, DivergenceName))
 WORLDS = 20
-WORLD = NOTHING_KNOWN
+WORLD = PRIOR
 """Worlds whose merits are drawn as the prior has it, whatever table is shipped."""
-
-
-def effects(rng: np.random.Generator) -> Effects:
-    """Merits of kernels and divergences that the prior table does not know."""
-    return {
-        **{k: rng.normal(0, WORLD.kernel_sd) for k in KernelName},
-        **{d: rng.normal(0, WORLD.divergence_sd) for d in DivergenceName},
-    }
-
-
-def data(rng: np.random.Generator) -> DatasetProfile:
-    return profile(
-        overlap=rng.uniform(0.4, 0.95), smoothness=rng.uniform(0.2, 0.7),
-        drift=rng.uniform(0.0, 1.0), kurtosis=rng.uniform(0.0, 3.0),
-        default_kpa=rng.uniform(0.5, 0.8),
-    )  # fmt: skip
-
-
-def scores(
-    of: DatasetProfile, history: Refinement = NO_HISTORY
-) -> dict[tuple[KernelName, DivergenceName], float]:
-    kernels = refined(kernel_parts(by_kernel(of), prior=WORLD), history)
-    divergences = refined(divergence_parts(of, prior=WORLD), history)
-    return {(k, d): kernels[k].mean + divergences[d].mean for k, d in PAIRS}
-
-
-def truth(of: DatasetProfile, merits: Effects) -> dict[tuple[KernelName, DivergenceName], float]:
-    return {(k, d): score + merits[k] + merits[d] for (k, d), score in scores(of).items()}
-
-
-def search(rng: np.random.Generator, merits: Effects, *, trials: int = 12) -> PastSearch:
-    of = data(rng)
-    gains = truth(of, merits)
-    tried = [PAIRS[i] for i in rng.choice(len(PAIRS), trials, replace=False)]
-    return PastSearch(
-        of, "m", tuple(Gain(k, d, gains[k, d] + rng.normal(0, 1.0)) for k, d in tried)
-    )
-
-
-def regret(gains: dict[tuple[KernelName, DivergenceName], float], history: Refinement,
-           of: DatasetProfile) -> float:  # fmt: skip
-    said = scores(of, history)
-    return max(gains.values()) - gains[max(PAIRS, key=lambda pair: said[pair])]
 
 
 def test_searches_that_carry_over_lower_the_regret():
     cold, warm = [], []
-    for world in range(WORLDS):
-        rng = np.random.default_rng(world)
-        merits = effects(rng)
-        past = [search(rng, merits) for _ in range(10)]
-        of = data(rng)
-        history = refine(of, model="m", past=past, prior=WORLD)
-        assert history.use.searches == 10
-        assert history.use.weight > 0.0
-        cold.append(regret(truth(of, merits), NO_HISTORY, of))
-        warm.append(regret(truth(of, merits), history, of))
+    for seed in range(WORLDS):
+        made = service(Past.SAME, 10, template=profile(), seed=seed)
+        assert made.history.use.searches == 10
+        assert made.history.use.weight > 0.0
+        cold.append(made.regret(made.cold))
+        warm.append(made.regret(made.warm))
     assert fmean(warm) < 0.4 * fmean(cold)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["noise only", "each search its own"])
-def test_searches_that_do_not_carry_over_move_nothing(spread: float):
+@pytest.mark.parametrize("past", [Past.NOISE, Past.OWN])
+def test_searches_that_do_not_carry_over_move_nothing(past: Past):
     """Guard against negative transfer: left out but for rare luck, and then nearly harmless."""
-    used, harm = [], []
-    for world in range(WORLDS):
-        rng = np.random.default_rng(1000 + world)
-
-        def merits(rng: np.random.Generator = rng) -> Effects:
-            return {name: spread * value for name, value in effects(rng).items()}
-
-        past = [search(rng, merits()) for _ in range(10)]
-        of = data(rng)
-        history = refine(of, model="m", past=past, prior=WORLD)
-        gains = truth(of, merits())
-        used.append(history.use.weight > 0.0)
-        harm.append(regret(gains, history, of) - regret(gains, NO_HISTORY, of))
-    assert sum(used) <= 5  # the share is a tenth: Binomial(20, 0.1) is 5 or less in 98.9 %
-    assert fmean(harm) < 0.1
+    made = [service(past, 10, template=profile(), seed=seed) for seed in range(WORLDS)]
+    used = sum(each.history.use.weight > 0.0 for each in made)
+    assert used <= 5  # the share is a tenth: Binomial(20, 0.1) is 5 or less in 98.9 %
+    assert fmean(each.regret(each.warm) - each.regret(each.cold) for each in made) < 0.1
 
 
 @pytest.mark.parametrize(("count", "trials"), [(4, 12), (9, 2)], ids=["few", "short"])
 def test_little_history_is_none(count: int, trials: int):
     rng = np.random.default_rng(0)
-    merits = effects(rng)
-    past = [search(rng, merits, trials=trials) for _ in range(count)]
-    history = refine(data(rng), model="m", past=past, prior=WORLD)
+    has = merits(rng)
+    past = [search(rng, has, template=profile(), trials=trials) for _ in range(count)]
+    history = refine(data(rng, profile()), model=MODEL, past=past, prior=WORLD)
     assert history.shifts == {}
     assert history.use.weight == 0.0
     assert "fewer than 5" in history.use.sentence
@@ -120,15 +54,15 @@ def test_little_history_is_none(count: int, trials: int):
 
 def test_a_level_that_all_pairs_of_a_search_share_says_nothing():
     rng = np.random.default_rng(3)
-    merits = effects(rng)
-    past = [search(rng, merits) for _ in range(8)]
+    has = merits(rng)
+    past = [search(rng, has, template=profile()) for _ in range(8)]
     lifted = [
         PastSearch(s.profile, s.model, tuple(Gain(g.kernel, g.divergence, g.percent + 10 * i)
                                              for g in s.gains))
         for i, s in enumerate(past)
     ]  # fmt: skip
-    of = data(rng)
-    one, other = (refine(of, model="m", past=each, prior=WORLD) for each in (past, lifted))
+    of = data(rng, profile())
+    one, other = (refine(of, model=MODEL, past=each, prior=WORLD) for each in (past, lifted))
     assert one.use.weight == pytest.approx(other.use.weight)
     for name, shift in one.shifts.items():
         assert other.shifts[name].mean == pytest.approx(shift.mean)
@@ -161,9 +95,11 @@ def test_nearer_datasets_and_the_same_model_count_more():
 
 def test_a_recommendation_tells_what_history_did():
     rng = np.random.default_rng(1)
-    merits = effects(rng)
-    of = data(rng)
-    history = refine(of, model="m", past=[search(rng, merits) for _ in range(10)], prior=WORLD)
+    has = merits(rng)
+    of = data(rng, profile())
+    history = refine(
+        of, model=MODEL, past=[search(rng, has, template=profile()) for _ in range(10)], prior=WORLD
+    )
     found, without = recommend(of, history=history, prior=WORLD), recommend(of, prior=WORLD)
     assert found.history == history.use
     assert history.use.sentence in found.summary
