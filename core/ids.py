@@ -27,6 +27,7 @@ class IdPrefix(StrEnum):
     DELIVERY = "whd_"
     EVENT = "evt_"
     REQUEST = "req_"
+    REPLAY = "rpl_"
     WORKER = "wrk_"
     AUDIT = "aud_"
 

@@ -16,6 +16,7 @@ from models.file import StoredFileRow, UploadPart, UploadSession
 from models.job import Event, Job, JobAttempt, JobStep, Outbox, Worker
 from models.owner import ApiKey, Owner
 from models.quota import GpuUsage, QueueTurn, Quota
+from models.replay import Replay
 from models.webhook import Webhook, WebhookDelivery
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "QueueTurn",
     "Quota",
     "RecommendationRow",
+    "Replay",
     "ResumePoint",
     "StoredFileRow",
     "StudyRow",

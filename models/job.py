@@ -77,6 +77,8 @@ class Job(Identified, Owned, Base):
     lease_until: Mapped[float | None] = mapped_column(Epoch)
     heartbeat_at: Mapped[float | None] = mapped_column(Epoch)
     cancel_requested_at: Mapped[float | None] = mapped_column(Epoch)
+    cancel_options: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    pause_requested_at: Mapped[float | None] = mapped_column(Epoch)
     progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
     result: Mapped[dict[str, Any] | None] = mapped_column(Json)
     error: Mapped[dict[str, Any] | None] = mapped_column(Json)

@@ -12,6 +12,7 @@ from core.errors import NotFound
 from core.ids import IdPrefix, new_id
 from core.lifecycle import EventType, JobStatus, Phase
 from models.job import Event, Job
+from models.repositories.webhook_outbox import announce
 from models.types import db_now
 
 # SQLite nests the terms of an OR and allows some thousand parameters.
@@ -43,15 +44,16 @@ def append_event(
         update(Job)
         .where(Job.id == job_id)
         .values(event_seq=Job.event_seq + 1)
-        .returning(Job.event_seq, Job.owner_id, Job.attempt)
+        .returning(Job.event_seq, Job.owner_id, Job.attempt, Job.kind)
         .execution_options(synchronize_session=False)
     )
     row = session.execute(numbered).one_or_none()
     if row is None:
         raise NotFound(f"no job {job_id!r}")
+    event_id = new_id(IdPrefix.EVENT)
     session.add(
         Event(
-            id=new_id(IdPrefix.EVENT),
+            id=event_id,
             owner_id=row.owner_id,
             job_id=job_id,
             seq=row.event_seq,
@@ -64,6 +66,7 @@ def append_event(
         )
     )
     session.flush()
+    announce(session, row.owner_id, job_id, row.kind, type_, data or {}, event_id=event_id)
     return int(row.event_seq)
 
 
