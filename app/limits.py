@@ -14,8 +14,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import kdpo_problem
+from app.middleware import MULTIPART_OVERHEAD
 from core.errors import QuotaExceeded, TooManyRequests
+from core.lifecycle import JobKind
 from core.settings import Settings
+from models.repositories.quotas import QuotaRepository
+from models.session import Database
 
 ACCOUNT = "kdpo.account"
 WINDOW_S = 60.0
@@ -23,6 +27,7 @@ WINDOW_S = 60.0
 _AWAY_S = 5.0
 _TIMEOUT_S = 0.25
 _PRUNE_AT = 10_000
+_JOB_PATHS = frozenset({"/v1/datasets", "/v1/recommendations"})
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 # The time at which the bucket is full again (GCRA). One script, so that processes cannot mix.
@@ -183,6 +188,25 @@ def note_caller(
     account = request.scope.get(ACCOUNT)
     if isinstance(account, Account):
         account.owner_id, account.key_id, account.taken = owner_id, key_id, taken
+
+
+def admit_upload(request: Request, told_bytes: int) -> None:
+    """Refuse an upload before it is sent where it would be refused afterwards.
+
+    Raises:
+        QuotaExceeded: the owner may not upload or store so much, or has too many jobs waiting.
+    """
+    account = request.scope.get(ACCOUNT)
+    if not isinstance(account, Account) or account.owner_id is None:
+        return
+    database: Database = request.app.state.database
+    # Some of the body are boundaries and fields.
+    size_bytes = max(0, told_bytes - MULTIPART_OVERHEAD)
+    with database.transaction() as session:
+        quotas = QuotaRepository(session)
+        quotas.admit_bytes(account.owner_id, size_bytes)
+        if request.url.path in _JOB_PATHS:
+            quotas.admit_job(account.owner_id, JobKind.DATASET)
 
 
 class Accounts:

@@ -16,6 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from app.limits import admit_upload
 from core.errors import InvalidInput, MalformedRequest, StorageFull, TooLarge, UnsupportedMedia
 from core.settings import MIB
 
@@ -150,8 +151,10 @@ async def receive_upload(
         InvalidInput: there is no file, the file is empty, or a field is unknown.
         TooLarge: the file is larger than `max_bytes`.
         StorageFull: the disk has no room.
+        QuotaExceeded: the owner may not upload or store so much, or has too many jobs waiting.
     """
     boundary = _boundary(request)
+    await run_in_threadpool(admit_upload, request, _told_bytes(request))
     temporary = target.with_name(f".{target.name}{PART_SUFFIX}")
     try:
         await run_in_threadpool(make_room, target.parent, _told_bytes(request))

@@ -13,6 +13,7 @@ from models.dataset import Dataset
 from models.job import Job
 from models.repositories.jobs import JobRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
+from models.repositories.quotas import QuotaRepository
 from models.types import db_now
 
 _ENDED = [status for status in JobStatus if status.is_terminal]
@@ -41,7 +42,11 @@ class DatasetRepository:
         """Insert version 1 of an upload, which lies under the dataset's id; it is not read yet.
 
         Of a `source` size and hash are not known before its job has fetched it.
+
+        Raises:
+            QuotaExceeded: the owner may not upload or store so much.
         """
+        QuotaRepository(self._session).admit_bytes(owner_id, size_bytes or 0)
         dataset = Dataset(
             id=dataset_id,
             upload_id=dataset_id,

@@ -12,6 +12,7 @@ from models.dataset import Dataset
 from models.file import StoredFileRow, UploadPart, UploadSession
 from models.repositories.datasets import DatasetRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
+from models.repositories.quotas import QuotaRepository
 from models.types import db_now
 
 
@@ -33,7 +34,13 @@ class FileRepository:
         dataset_id: str | None,
         ttl_s: int | None,
     ) -> StoredFileRow:
-        """Insert a file that lies under its id; with `ttl_s` it expires so long from now."""
+        """Insert a file that lies under its id; with `ttl_s` it expires so long from now.
+
+        Raises:
+            QuotaExceeded: the owner may not upload or store so much.
+        """
+        if dataset_id is None:
+            QuotaRepository(self._session).admit_bytes(owner_id, size_bytes)
         row = StoredFileRow(
             id=file_id,
             owner_id=owner_id,

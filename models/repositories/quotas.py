@@ -126,8 +126,12 @@ class QuotaRepository:
             .group_by(Dataset.upload_id)
             .subquery()
         )
+        # A file that became a dataset is a second name of the dataset's bytes.
+        kept = select(Dataset.id).where(
+            Dataset.id == StoredFileRow.dataset_id, Dataset.status != DatasetStatus.DELETED
+        )
         files = select(func.sum(StoredFileRow.bytes)).where(
-            StoredFileRow.owner_id == owner_id, StoredFileRow.dataset_id.is_(None)
+            StoredFileRow.owner_id == owner_id, ~kept.exists()
         )
         checkpoints = select(func.sum(Checkpoint.bytes)).where(Checkpoint.owner_id == owner_id)
         rows = select(func.sum(Dataset.counts["rows"].as_integer())).where(

@@ -26,6 +26,7 @@ from core.settings import DataLimits
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
+from models.repositories.quotas import QuotaName, QuotaRepository
 from worker.context import JobContext
 from worker.ingest.files import full_disk_as_error, sync_folder
 from worker.ingest.limits import apply_process_limits, mapped_bytes
@@ -102,6 +103,18 @@ def _examine_source(context: JobContext, dataset: Dataset, place: Path) -> _Find
     return replace(finding, report={**finding.report, "source": source_report(dataset)})
 
 
+def _limits(context: JobContext) -> DataLimits:
+    """Return the limits of the server, with fewer rows where the owner may have fewer."""
+    limits = context.settings.data
+    with context.database.reading() as session:
+        rows = QuotaRepository(session).limit(context.job.owner_id, QuotaName.DATASET_ROWS)
+    return (
+        limits
+        if rows is None
+        else limits.model_copy(update={"max_rows": min(limits.max_rows, max(rows, 1))})
+    )
+
+
 def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
     """Parse in a folder that only this attempt writes to."""
     if not source.is_file():
@@ -111,7 +124,7 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
             hint="upload it again; API and workers must share one data folder",
         )
     context.phase(Phase.CONVERTING)
-    limits = context.settings.data
+    limits = _limits(context)
 
     def on_progress(done: int, total: int) -> None:
         context.progress(unit="bytes", done=done, total=total)
@@ -136,6 +149,8 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
         )
         files = _finished_files(context)
     except (MemoryError, TooLarge) as error:
+        # What was written so far is of no dataset: nothing names it, so nothing would remove it.
+        shutil.rmtree(context.attempt_dir / _FOLDER, ignore_errors=True)
         return _beyond_limits(error, limits)
     if sample is not None:
         result = sample.added_to(result)
