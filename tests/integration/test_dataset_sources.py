@@ -9,7 +9,6 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,27 @@ from huggingface_hub import constants
 
 from core.errors import CancelRequested, LeaseLost, Unavailable
 from core.lifecycle import JobKind
-from core.queue import QUEUE_OF_KIND
 from core.settings import Settings
-from models.dataset import Dataset
-from models.repositories.datasets import DatasetRepository
-from models.repositories.jobs import Fence, JobRepository
-from tests.integration.api_world import World, gzipped, pairs, running_api
+from models.repositories.jobs import Fence
+from tests.integration.api_world import gzipped, pairs
+from tests.integration.fetching_world import Fetching, served_sources
 from tests.integration.source_servers import (
     COMMIT,
     LATER,
     REPO,
     TOKEN,
     Asked,
-    Hub,
     Reply,
-    Server,
     file_reply,
     make_authority,
-    running,
 )
 from tests.integration.test_api import check_problem
-from tests.integration.workers import wait_for
-from worker.context import JobContext
+from worker.ingest import table_form
+from worker.ingest.sources import hub
 from worker.ingest.sources.assembly import sole_writer
 from worker.jobs import validate_dataset
 from worker.jobs.fetch_source import fetch
-from worker.supervisor import Supervisor
 
-QUEUE = QUEUE_OF_KIND[JobKind.DATASET]
 HUB = {"type": "huggingface", "repo_id": REPO}
 CARD = b"---\nconfigs:\n- config_name: a\n  data_files:\n  - {split: train, path: 'a/*.parquet'}\n"
 CARD += (
@@ -60,84 +52,6 @@ def parquet(data: bytes, path: Path) -> bytes:
     return path.read_bytes()
 
 
-@dataclass
-class Fetching:
-    """The API, its database, and the servers that it fetches from."""
-
-    world: World
-    https: Server
-    hub: Hub
-    folder: Path
-
-    def post(self, source: object, **more: object) -> Any:
-        body = {"source": source, **more}
-        return self.world.post("/v1/datasets", json=body, headers={"Prefer": "wait=0"})
-
-    def url(self, path: str = "/prefs.jsonl", host: str = "localhost") -> str:
-        return f"https://{host}:{self.https.port}{path}"
-
-    def work(self) -> None:
-        """Run what is due, each job in a process of its own, until nothing is queued."""
-        supervisor = Supervisor(Settings(), self.world.database, worker_id="wrk_test")
-
-        def done() -> bool:
-            supervisor.drain(QUEUE)
-            with self.world.database.reading() as session:
-                return not session.connection().exec_driver_sql(
-                    "SELECT 1 FROM job WHERE status IN ('queued', 'running')"
-                ).all()  # fmt: skip
-
-        wait_for("the end of all jobs", done, timeout_s=60)
-
-    def made(self, source: object, **more: object) -> dict[str, Any]:
-        """Ask, work, and return the dataset."""
-        answer = self.post(source, **more)
-        assert answer.status_code == 202, answer.text
-        self.work()
-        view: dict[str, Any] = self.world.get(answer.headers["location"]).json()
-        return view
-
-    def claimed(self, source: object, **more: object) -> tuple[str, JobContext]:
-        """Ask, and return the dataset's id and an attempt at its job."""
-        answer = self.post(source, **more)
-        assert answer.status_code == 202, answer.text
-        return answer.json()["id"], self.attempt()
-
-    def attempt(self) -> JobContext:
-        fence = self.world.claim(JobKind.DATASET)
-        with self.world.database.reading() as session:
-            job = JobRepository(session).load(fence)
-        return JobContext(Settings(), self.world.database, fence, job)
-
-    def dataset(self, dataset_id: str) -> Dataset:
-        with self.world.database.reading() as session:
-            return DatasetRepository(session).load(dataset_id)
-
-    def refused(self, source: object) -> dict[str, Any]:
-        """Do the job here: parsing, which would limit this process, is not reached."""
-        dataset_id, context = self.claimed(source)
-        result = validate_dataset.run(context)
-        assert result["status"] == "invalid"
-        self.world.finish(context.fence)
-        assert self.uploads() == []
-        error: dict[str, Any] = self.world.get(f"/v1/datasets/{dataset_id}").json()["error"]
-        assert error["hint"]
-        return error
-
-    def report(self, view: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = self.world.get(view["report_url"]).json()
-        return found
-
-    def uploads(self) -> list[str]:
-        folder = self.world.settings.upload_dir
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-    def everything_said(self) -> str:
-        """All files and rows that the service has written, as text."""
-        parts = [p.read_bytes() for p in self.folder.rglob("*") if p.is_file()]
-        return b"\n".join(parts).decode(errors="replace")
-
-
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_authority(tmp_path_factory.mktemp("tls"), "DNS:localhost,IP:127.0.0.1")
@@ -147,44 +61,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def fetching(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authority: Any
 ) -> Iterator[Fetching]:
-    context, ca = authority
-    hub = Hub({"README.md": b"# x\n", "prefs.jsonl": pairs(40)})
-    hub.server.answer = hub.answer
-    (tmp_path / "open").mkdir()
-    with running(Server(), context) as https, running(hub.server):
-        loopback = "=127.0.0.0/8|::1/128"
-        port = https.port
-        sources = {
-            "https_hosts": f"localhost:{port}{loopback},127.0.0.1:{port}",
-            "ca_file": str(ca),
-            "paths": str(tmp_path / "open"),
-            "secrets": {"team": TOKEN},
-            "max_bytes": 3_000_000,
-            "timeout_s": 5,
-            "deadline_s": 20,
-        }
-        for name, value in sources.items():
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            monkeypatch.setenv(f"KDPO_SOURCES__{name.upper()}", text)
-        monkeypatch.setenv("KDPO_DATA_DIR", str(tmp_path / "data"))
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setenv("KDPO_DB__URL", sqlite_url)
-        monkeypatch.setenv("KDPO_WORKER__BACKOFF_S", "0.05")
-        monkeypatch.setenv("KDPO_TRAINING__PROGRESS_EVERY_S", "0.05")
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server.port}")
-        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "2")
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        # For what is done in this process.
-        endpoint = f"http://127.0.0.1:{hub.server.port}"
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        with running_api(sqlite_url, tmp_path, sources=sources) as world:
-            # The world is made without a hub; runners are not.
-            world.settings = world.app.state.settings = Settings()
-            yield Fetching(world, https, hub, tmp_path)
+    with served_sources(sqlite_url, tmp_path, monkeypatch, authority) as served:
+        yield served
 
 
 # ------------------------------------------------------------------ the hub
@@ -246,6 +124,16 @@ def test_what_is_ambiguous_or_absent_is_said(fetching: Fetching) -> None:
         assert all(name in error["message"] for name in named), error
 
 
+def test_a_listing_that_does_not_end_is_refused(
+    fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching.hub.files = {f"{number}.jsonl": b"x" for number in range(6)}
+    monkeypatch.setattr(hub, "_MAX_LISTED", 5)
+    error = fetching.refused(HUB)
+    assert error["code"] == "too_many_members"
+    assert "more than 5 files and folders" in error["message"]
+
+
 def test_cards_that_cannot_be_read(fetching: Fetching) -> None:
     # Each of these would be twice as large as the one before.
     merged = "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
@@ -253,6 +141,22 @@ def test_cards_that_cannot_be_read(fetching: Fetching) -> None:
         fetching.hub.files["README.md"] = f"---\n{metadata}\n---\n".encode()
         error = fetching.refused(HUB)
         assert (error["code"], "README.md" in error["message"]) == ("source_unreadable", True)
+
+
+def test_a_table_beyond_the_limits_leaves_no_rows(
+    fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_args: object, **_more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(table_form, "write_parquet", out_of_memory)
+    monkeypatch.setattr(validate_dataset, "_limit_this_process", lambda *_a, **_k: None)
+    dataset_id, context = fetching.claimed(HUB)
+    assert validate_dataset.run(context)["status"] == "invalid"
+    failure = fetching.dataset(dataset_id).failure or {}
+    assert (failure["code"], "PARSER_MEMORY_BYTES" in failure["hint"]) == ("too_large", True)
+    left = {path.name for path in (fetching.folder / "data").rglob("*") if path.is_file()}
+    assert not {"canonical.jsonl", "canonical.parquet", "rejected.jsonl"} & left
 
 
 def test_a_refusal_is_the_answer_of_a_request_that_waits(fetching: Fetching) -> None:
@@ -385,6 +289,43 @@ def test_https_goes_on_where_it_broke_off_if_the_file_is_the_same(
 def test_https_starts_over_when_the_file_has_changed(fetching: Fetching) -> None:
     versions = [(pairs(4000), '"one"', 100_000), (pairs(50), '"two"', None)]
     assert broken_off_and_fetched_again(fetching, versions) == [None, "bytes=100000-"]
+
+
+@pytest.mark.parametrize(
+    ("part", "told", "etag"),
+    [
+        (slice(200_000, None), "bytes 200000-{last}/{size}", '"one"'),
+        (slice(100_000, 150_000), "bytes 100000-149999/{size}", '"one"'),
+        (slice(100_000, None), "bytes 100000-{last}/{more}", '"one"'),
+        (slice(100_000, None), "bytes 100000-{last}/{size}", '"two"'),
+        (slice(100_000, None), "", '"one"'),
+    ],
+    ids=["another beginning", "another end", "another size", "another version", "none"],
+)
+def test_a_wrong_part_is_dropped_and_the_next_attempt_asks_for_all(
+    fetching: Fetching, part: slice, told: str, etag: str
+) -> None:
+    data = pairs(4000)
+    size = len(data)
+    told = told.format(last=size - 1, size=size, more=size + 1)
+
+    def answer(asked: Asked) -> Reply:
+        if "range" not in asked.headers:
+            first = len(fetching.https.asked) == 1
+            return Reply(body=data, headers={"ETag": '"one"'}, cut_at=100_000 if first else None)
+        return Reply(206, data[part], {"ETag": etag, "Content-Range": told} if told else {})
+
+    fetching.https.answer = answer
+    dataset_id, context = fetching.claimed({"type": "https", "url": fetching.url()})
+    with pytest.raises(Unavailable, match="transfer from localhost failed"):
+        fetch(context, fetching.dataset(dataset_id))
+    with pytest.raises(Unavailable, match="asked for the bytes from 100000 on") as wrong:
+        fetch(context, fetching.dataset(dataset_id))
+    assert "dropped" in wrong.value.hint
+    fetch(context, fetching.dataset(dataset_id))
+    assert (fetching.world.settings.upload_dir / dataset_id).read_bytes() == data
+    asked = [request.headers.get("range") for request in fetching.https.asked]
+    assert asked == [None, "bytes=100000-", None]
 
 
 def broken_off_and_fetched_again(

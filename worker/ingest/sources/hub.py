@@ -35,6 +35,7 @@ from worker.ingest.sources.hub_files import choose_files
 CARD = "README.md"
 _MAX_CARD_BYTES = 8 * MIB
 _MAX_FILES = 9_000
+_MAX_LISTED = 100_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
 
@@ -77,7 +78,7 @@ def pin(source: HuggingFaceSource, settings: Settings) -> HubPin:
     Raises:
         NotPermitted: the server does not take it from the hub.
         InvalidInput: `source_not_found`, `source_gated`, `source_ambiguous`, `source_unreadable`,
-            `unknown_secret`.
+            `too_many_members`, `unknown_secret`.
         Unavailable: `source_unreachable`.
     """
     check_source(source, settings)
@@ -90,10 +91,7 @@ def pin(source: HuggingFaceSource, settings: Settings) -> HubPin:
         commit = str(info.sha)
         if not _COMMIT.fullmatch(commit):
             raise _unreachable(source, f"it named {commit[:60]!r} as a commit")
-        tree = api.list_repo_tree(
-            source.repo_id, recursive=True, revision=commit, repo_type="dataset"
-        )
-        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        files = _listed(api, source, commit)
         card = _card(source, commit, files, token)
     except _NETWORK_ERRORS as error:
         raise _error_of(source, error) from error
@@ -114,6 +112,28 @@ def pin(source: HuggingFaceSource, settings: Settings) -> HubPin:
         files=tuple(_file(files[path]) for path in chosen.files),
         ignored=chosen.ignored,
     )
+
+
+def _listed(api: HfApi, source: HuggingFaceSource, commit: str) -> dict[str, RepoFile]:
+    """Return the files of a commit by path.
+
+    Raises:
+        InvalidInput: `too_many_members`: the listing does not end within the limit.
+    """
+    files: dict[str, RepoFile] = {}
+    tree = api.list_repo_tree(source.repo_id, recursive=True, revision=commit, repo_type="dataset")
+    for number, entry in enumerate(tree, start=1):
+        if number > _MAX_LISTED:
+            raise InvalidInput(
+                f"the repository has more than {_MAX_LISTED} files and folders, at most so many "
+                "are listed",
+                code="too_many_members",
+                param="source.repo_id",
+                hint="take revision refs/convert/parquet, or download the files and upload them",
+            )
+        if isinstance(entry, RepoFile):
+            files[entry.path] = entry
+    return files
 
 
 def _file(entry: RepoFile) -> HubFile:
