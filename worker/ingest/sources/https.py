@@ -22,7 +22,7 @@ from worker.ingest.sources.assembly import BLOCK, Checksum, Sink
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -139,15 +139,26 @@ class HttpsFile:
     def _receive(self, response: http.client.HTTPResponse, sink: Sink, offset: int) -> None:
         wanted_range = offset > 0 and self._etag is not None
         if response.status == 206 and wanted_range:
-            begins = _RANGE.match(response.headers.get("Content-Range", ""))
-            if begins is None or int(begins[1]) != offset:
-                raise _unreachable(self._location, "it sent another range than was asked for")
+            told = response.headers.get("Content-Range", "")
+            if not self._is_the_rest(told, offset, response.headers.get("ETag")):
+                # Asked for again, the server would say the same: the next attempt asks for all.
+                sink.restart()
+                raise _unreachable(
+                    self._location,
+                    f"asked for the bytes from {offset} on of version {self._etag}, it sent "
+                    f"{told[:60]!r} of version {response.headers.get('ETag')}",
+                    hint="what had arrived is dropped; the next attempt asks for the whole file",
+                )
         elif response.status == 200:
             sink.restart()
             offset = 0
         elif response.status == 416 and wanted_range:
             sink.restart()
-            raise _unreachable(self._location, "the file has become shorter")
+            raise _unreachable(
+                self._location,
+                "the file has become shorter",
+                hint="what had arrived is dropped; the next attempt asks for the whole file",
+            )
         elif response.status in _AGAIN:
             raise _unreachable(self._location, f"it answered {response.status}")
         else:
@@ -164,6 +175,14 @@ class HttpsFile:
             sink.write(block)
         if length is not None and received != length:
             raise _unreachable(self._location, f"the answer ended after {received} bytes")
+
+    def _is_the_rest(self, told: str, offset: int, etag: str | None) -> bool:
+        """Whether a part is what was asked for: from `offset` to the end of the same version."""
+        found = _RANGE.fullmatch(told.strip())
+        if found is None or int(found[1]) != offset or (etag or self._etag) != self._etag:
+            return False
+        sizes = {None if found[3] == "*" else int(found[3]), self.size} - {None}
+        return len(sizes) <= 1 and all(int(found[2]) + 1 == size for size in sizes)
 
 
 def _resolved(location: Location) -> list[_Peer]:
@@ -257,12 +276,17 @@ def _url(location: Location) -> str:
     return f"https://{location.host}:{location.port}{location.target}"
 
 
-def _unreachable(location: Location, why: str) -> Unavailable:
+def _unreachable(
+    location: Location,
+    why: str,
+    *,
+    hint: str = "what has arrived is kept; the next attempt goes on from there where it can",
+) -> Unavailable:
     return Unavailable(
         f"the transfer from {location.host} failed: {why}",
         code="source_unreachable",
         param="source.url",
-        hint="what has arrived is kept; the next attempt goes on from there where it can",
+        hint=hint,
     )
 
 
