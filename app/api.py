@@ -17,6 +17,7 @@ from app import (
     studies,
     upload_sessions,
     usage,
+    webhooks,
     workers,
 )
 from app.openapi import PROBLEM_RESPONSES
@@ -28,6 +29,7 @@ def v1_router() -> APIRouter:
     for domain in (
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
         checkpoints, checkpoint_downloads, files, upload_sessions,
+        webhooks,
         api_keys, usage, workers, audit,
     ):  # fmt: skip
         router.include_router(domain.router)

@@ -89,6 +89,7 @@ EXPLANATIONS = {
     "too_many_streams": "The API key has as many event streams open as it may. Close one.",
     "too_many_requests": "The caller has as much of something at once as it may. Try again later.",
     "too_many_members": "The archive holds more files than this server takes.",
+    "too_many_webhooks": "You have as many webhooks as this server takes. Delete one.",
     "too_many_rows": "The file has more rows than this server takes.",
     "truncated_gzip": "The gzip stream was cut off. Upload the whole file again.",
     "truncated_json": "The JSON of the file was cut off. Upload the whole file again.",
@@ -108,6 +109,8 @@ EXPLANATIONS = {
     "upload_not_pending": "The upload was completed or cancelled, or has expired.",
     "upload_size_mismatch": "The parts that were named have other bytes together than announced.",
     "upload_too_long": "The parts of the upload would have more bytes than were announced.",
+    "webhook_disabled": "The webhook is switched off. Switch it on first.",
+    "webhook_host_not_allowed": "This server's settings do not list the host of the webhook.",
 }
 
 

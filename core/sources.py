@@ -1,20 +1,18 @@
 """Where a dataset may come from besides an upload: what a request says, and what is allowed."""
 
-import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, assert_never
-from urllib.parse import urlsplit
 
 from huggingface_hub import is_offline_mode
 from pydantic import Field
 
 from core.errors import InvalidInput, NotPermitted
-from core.hosts import HTTPS_PORT, HostRule, parse_host_rule, rule_for
+from core.hosts import HostRule, parse_host_rule, rule_for
 from core.settings import Settings
 from core.spec import SpecModel
+from core.urls import parse_url
 
-_URL_CHARACTERS = re.compile(r"[!#-;=?-\[\]_a-z~%]+", re.ASCII)
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 
 
@@ -138,24 +136,15 @@ def locate(url: str, settings: Settings) -> Location:
     """
     if not settings.sources.https_hosts:
         raise _off("https addresses", "KDPO_SOURCES__HTTPS_HOSTS lists hosts; or upload the file")
-    if not _URL_CHARACTERS.fullmatch(url):
-        raise _unusable("it has characters that belong percent-encoded")
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port or HTTPS_PORT
+        parts = parse_url(url)
     except ValueError as error:
         raise _unusable(str(error)) from error
-    if parts.scheme != "https" or not host:
+    if parts.scheme != "https":
         raise _unusable("it does not begin with https:// and a host")
-    if "@" in parts.netloc:
-        raise _unusable("it has a user name or password before the host")
-    if parts.fragment:
-        raise _unusable("it has a fragment (#)")
-    # The resolver's encoding raises no OSError on these.
-    if not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
-        raise _unusable("a part of its host's name is empty or longer than 63 characters")
+    host, port = parts.host, parts.port
     rules = [parse_host_rule(text) for text in settings.sources.https_hosts]
-    rule = rule_for(rules, host.lower(), port)
+    rule = rule_for(rules, host, port)
     if rule is None:
         raise NotPermitted(
             f"the host {host[:200]!r} at port {port} is not among those that this server may ask",
@@ -163,8 +152,7 @@ def locate(url: str, settings: Settings) -> Location:
             param="source.url",
             hint="the administrator lists hosts in KDPO_SOURCES__HTTPS_HOSTS; or upload the file",
         )
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Location(host.lower(), port, target, rule)
+    return Location(host, port, parts.target, rule)
 
 
 def shown(source: DatasetSource) -> DatasetSource:

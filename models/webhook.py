@@ -46,7 +46,7 @@ class WebhookDelivery(Identified, Owned, Base):
     webhook_id: Mapped[str] = mapped_column(ForeignKey("webhook.id"))
     event_id: Mapped[str] = mapped_column(String(48))
     type: Mapped[WebhookEventType] = mapped_column(EnumText(WebhookEventType))
-    body: Mapped[dict[str, Any]] = mapped_column(Json)
+    object_id: Mapped[str] = mapped_column(String(64))
     status: Mapped[DeliveryStatus] = mapped_column(EnumText(DeliveryStatus))
     tries: Mapped[int] = mapped_column(Integer, insert_default=0)
     due_at: Mapped[float] = mapped_column(Epoch, insert_default=db_now())

@@ -49,36 +49,36 @@ class Cleanup:
         self._clean_attempts()
         for folder in ("datasets", "datasets/*"):
             for path in self._artifacts.glob(f"{folder}/.*"):
-                if _TEMPORARY.fullmatch(path.name) and _is_stale(path):
-                    _try_to_remove(path)
+                if _TEMPORARY.fullmatch(path.name) and is_stale(path):
+                    try_to_remove(path)
         self._references.remove_leftovers()
 
     def _clean_uploads(self) -> None:
         """Remove uploads whose versions are all deleted, and old ones that no dataset names."""
-        files = [path for path in _entries(self._uploads) if path.is_file()]
-        for some in _chunks(files):
+        files = [path for path in entries(self._uploads) if path.is_file()]
+        for some in chunks(files):
             with self._database.reading() as session:
                 named = LeftoverRepository(session).uploads([path.name for path in some])
             for path in some:
-                forgotten = path.name not in named and _is_stale(path)
+                forgotten = path.name not in named and is_stale(path)
                 if forgotten or named.get(path.name) is False:
-                    _try_to_remove(path)
+                    try_to_remove(path)
 
     def _clean_datasets(self) -> None:
         """Remove the rows of deleted datasets; a deleted one never comes back."""
-        folders = [path for path in _entries(self._artifacts / "datasets") if path.is_dir()]
-        for some in _chunks(folders):
+        folders = [path for path in entries(self._artifacts / "datasets") if path.is_dir()]
+        for some in chunks(folders):
             with self._database.reading() as session:
                 deleted = LeftoverRepository(session).deleted_datasets([p.name for p in some])
             for path in some:
                 if path.name in deleted:
-                    _try_to_remove(path)
+                    try_to_remove(path)
 
     def _clean_attempts(self) -> None:
         """Leave of the attempts of ended jobs what is published, and how each attempt ended."""
-        folders = [path for path in _entries(self._artifacts / "jobs") if path.is_dir()]
+        folders = [path for path in entries(self._artifacts / "jobs") if path.is_dir()]
         unknown = [path for path in folders if path.name not in self._clean_jobs]
-        for some in _chunks(unknown):
+        for some in chunks(unknown):
             with self._database.reading() as session:
                 leftovers = LeftoverRepository(session)
                 # First who has ended: a job that ends after this is left for the next pass.
@@ -92,8 +92,8 @@ class Cleanup:
 
 def _strip_job(job: Path, published: set[Path]) -> bool:
     """Strip all attempts of a job and its trials; return whether nothing is left to remove."""
-    done = _try_to_remove(job / TRIALS) if (job / TRIALS).is_dir() else True
-    for attempt in _entries(job):
+    done = try_to_remove(job / TRIALS) if (job / TRIALS).is_dir() else True
+    for attempt in entries(job):
         if _ATTEMPT.fullmatch(attempt.name) and attempt.is_dir() and not attempt.is_symlink():
             kept = published | {attempt / LOG_NAME, attempt / OUTCOME_NAME}
             done = _strip(attempt, kept) and done
@@ -102,17 +102,17 @@ def _strip_job(job: Path, published: set[Path]) -> bool:
 
 def _strip(folder: Path, kept: set[Path]) -> bool:
     done = True
-    for path in _entries(folder):
+    for path in entries(folder):
         if path in kept:
             continue
         if not path.is_symlink() and any(path in one.parents for one in kept):
             done = _strip(path, kept) and done
         else:
-            done = _try_to_remove(path) and done
+            done = try_to_remove(path) and done
     return done
 
 
-def _try_to_remove(path: Path) -> bool:
+def try_to_remove(path: Path) -> bool:
     """Remove a file or a folder; what cannot be removed is met again in the next pass."""
     try:
         with suppress(FileNotFoundError):  # another worker cleans, too
@@ -126,19 +126,22 @@ def _try_to_remove(path: Path) -> bool:
     return True
 
 
-def _is_stale(path: Path) -> bool:
+def is_stale(path: Path) -> bool:
+    """Whether nothing was written to it for a day."""
     try:
         return time.time() - path.lstat().st_mtime > STALE_S
     except FileNotFoundError:
         return False
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing when there is none."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
 
 
-def _chunks(paths: list[Path]) -> Iterator[list[Path]]:
+def chunks(paths: list[Path]) -> Iterator[list[Path]]:
+    """Return as many paths at a time as one query takes."""
     return (paths[start : start + MAX_IDS] for start in range(0, len(paths), MAX_IDS))

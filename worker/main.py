@@ -24,6 +24,10 @@ from models.session import Database
 from worker.celery_app import CelerySender, make_celery
 from worker.cleanup import PERIOD_S as CLEANUP_S
 from worker.cleanup import Cleanup
+from worker.deliveries import PERIOD_S as DELIVERIES_S
+from worker.deliveries import Deliveries
+from worker.expiry import PERIOD_S as EXPIRY_S
+from worker.expiry import Expiry
 from worker.maintenance import Loop, WorkerUpkeep
 from worker.supervisor import Supervisor
 
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Loop("worker-row", upkeep.show_alive, period_s=limits.heartbeat_s),
         Loop("sweep", upkeep.sweep, period_s=limits.sweep_s),
         Loop("cleanup", Cleanup(settings, database).run, period_s=CLEANUP_S),
+        Loop("expiry", Expiry(settings, database).run, period_s=EXPIRY_S),
+        Loop("deliveries", Deliveries(settings, database).run, period_s=DELIVERIES_S),
         Loop("broker-folders", lambda: make_broker_folders(settings), period_s=1.0),
     ]
     if arguments.parent_pipe:

@@ -133,7 +133,7 @@ def _webhooks() -> None:
         sa.Column("webhook_id", sa.String(length=48), nullable=False),
         sa.Column("event_id", sa.String(length=48), nullable=False),
         sa.Column("type", sa.String(length=40), nullable=False),
-        sa.Column("body", _JSON, nullable=False),
+        sa.Column("object_id", sa.String(length=64), nullable=False),
         sa.Column("status", sa.String(length=40), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("due_at", sa.Double(), nullable=False),

@@ -117,7 +117,9 @@ class JobMoves:
             return JobStatus.CANCELLED
         self._leave(fence, JobStatus.QUEUED, run_after=db_now() + delay_s, **values)
         self._end_attempt(fence, outcome, exit_code, error)
-        self._event_status(fence.job_id, JobStatus.QUEUED, message, level="warn")
+        self._event_status(
+            fence.job_id, JobStatus.QUEUED, message, level="warn", outcome=outcome.value
+        )
         self._owe_wake(row.queue, fence.job_id)
         return JobStatus.QUEUED
 
@@ -267,11 +269,11 @@ class JobMoves:
                 self._ended(row.id, JobStatus.FAILED, error["message"], error=error)
 
     def _event_status(
-        self, job_id: str, status: JobStatus, message: str, *, level: str = "info"
+        self, job_id: str, status: JobStatus, message: str, *, level: str = "info", **more: str
     ) -> None:
         append_event(
             self._session, job_id, EventType.JOB_STATUS, message, level=level,
-            data={"status": status.value},
+            data={"status": status.value, **more},
         )  # fmt: skip
 
     def _owe_wake(self, queue: QueueName, job_id: str) -> None:

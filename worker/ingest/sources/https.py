@@ -6,16 +6,15 @@ these; TLS then proves the name. Proxies of the environment are not used: they w
 
 import http.client
 import re
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
 
 from core.errors import InvalidInput, KdpoError, NotPermitted, Unavailable
-from core.hosts import HTTPS_PORT, why_blocked
+from core.hosts import HTTPS_PORT
+from core.peers import Peer, connect_first, resolve_peers, shut_down_after
 from core.settings import Settings
 from core.sources import HttpsSource, Location, locate
 from worker.ingest.sources.assembly import BLOCK, Checksum, Sink
@@ -24,14 +23,6 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True)
-class _Peer:
-    """An address that may be connected to."""
-
-    family: socket.AddressFamily
-    address: tuple[str, int] | tuple[str, int, int, int]
 
 
 class HttpsFile:
@@ -78,7 +69,7 @@ class HttpsFile:
 
     @contextmanager
     def _answer(
-        self, location: Location, peers: list[_Peer], sink: Sink, offset: int
+        self, location: Location, peers: list[Peer], sink: Sink, offset: int
     ) -> Iterator[http.client.HTTPResponse]:
         sources = self._settings.sources
         left_s = sink.gauge.left_s
@@ -87,7 +78,7 @@ class HttpsFile:
             context.load_verify_locations(cafile=sources.ca_file)
         ended = threading.Event()
         with _faults_as_errors(location, lambda: sink.gauge.too_slow() if ended.is_set() else None):
-            raw = _connected(peers, timeout_s=min(sources.timeout_s, left_s))
+            raw = connect_first(peers, timeout_s=min(sources.timeout_s, left_s))
             # The timeout is for each read; a server that sends a byte now and then has the timer.
             with (
                 context.wrap_socket(
@@ -96,7 +87,7 @@ class HttpsFile:
                     do_handshake_on_connect=False,
                     suppress_ragged_eofs=False,
                 ) as tls,
-                _shut_down_after(left_s, tls, ended),
+                shut_down_after(left_s, tls, ended),
             ):
                 tls.do_handshake()
                 connection = http.client.HTTPSConnection(
@@ -176,6 +167,7 @@ class HttpsFile:
         if length is not None and received != length:
             raise _unreachable(self._location, f"the answer ended after {received} bytes")
 
+
     def _is_the_rest(self, told: str, offset: int, etag: str | None) -> bool:
         """Whether a part is what was asked for: from `offset` to the end of the same version."""
         found = _RANGE.fullmatch(told.strip())
@@ -185,7 +177,7 @@ class HttpsFile:
         return len(sizes) <= 1 and all(int(found[2]) + 1 == size for size in sizes)
 
 
-def _resolved(location: Location) -> list[_Peer]:
+def _resolved(location: Location) -> list[Peer]:
     """Return the addresses of a host, all of which must be allowed.
 
     Raises:
@@ -193,59 +185,19 @@ def _resolved(location: Location) -> list[_Peer]:
         Unavailable: the name has no address now.
     """
     try:
-        found = socket.getaddrinfo(location.host, location.port, type=socket.SOCK_STREAM)
+        peers, why = resolve_peers(location.host, location.port, location.rule)
     except OSError as error:
         raise _unreachable(location, f"its name cannot be resolved ({error.strerror})") from error
-    peers: dict[str, _Peer] = {}
-    for family, _, _, _, address in found:
-        text = str(address[0])
-        why = why_blocked(text, location.rule)
-        if why is not None:
-            raise NotPermitted(
-                f"the host {location.host} has an address that this server may not connect to: "
-                f"it {why}",
-                code="source_address_blocked",
-                param="source.url",
-                hint="the administrator can permit a network for this host: "
-                f"KDPO_SOURCES__HTTPS_HOSTS={location.host}=<network>; or upload the file",
-            )
-        peers.setdefault(text, _Peer(family, address))  # type: ignore[arg-type]
-    return list(peers.values())
-
-
-def _connected(peers: list[_Peer], *, timeout_s: float) -> socket.socket:
-    """Connect to the first address that answers."""
-    failure: OSError = OSError("the name has no address")
-    for peer in peers:
-        raw = socket.socket(peer.family, socket.SOCK_STREAM)
-        raw.settimeout(timeout_s)
-        try:
-            raw.connect(peer.address)
-        except OSError as error:
-            raw.close()
-            failure = error
-            continue
-        return raw
-    raise failure
-
-
-@contextmanager
-def _shut_down_after(seconds: float, tls: ssl.SSLSocket, ended: threading.Event) -> Iterator[None]:
-    """Break a connection off when its time is over, whatever it is waiting for."""
-
-    def end() -> None:
-        ended.set()
-        with suppress(OSError):  # the other side was faster
-            # Of the plain socket: SSLSocket.shutdown drops the TLS state under the reader.
-            socket.socket.shutdown(tls, socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    if why is not None:
+        raise NotPermitted(
+            f"the host {location.host} has an address that this server may not connect to: it "
+            f"{why}",
+            code="source_address_blocked",
+            param="source.url",
+            hint="the administrator can permit a network for this host: "
+            f"KDPO_SOURCES__HTTPS_HOSTS={location.host}=<network>; or upload the file",
+        )
+    return peers
 
 
 @contextmanager
