@@ -27,7 +27,13 @@ from core.settings import MIB
 from worker.ingest.canonical import CanonicalRow
 from worker.ingest.preview import canonical_preview
 from worker.ingest.rows import JsonObject
-from worker.training.tokenize import EncodedRow, encode_row
+from worker.training.tokenize import (
+    BATCH_ROWS,
+    EncodedRow,
+    RenderedRow,
+    encode_rendered,
+    render_row,
+)
 
 # Share of the pairs that may lose tokens without a warning.
 TRUNCATION_LIMIT = 0.05
@@ -241,6 +247,7 @@ class TokenSample:
         self._seen = 0
         self._refused: list[tuple[int, str]] = []
         self._num_refused = self._drawn = 0
+        self._waiting: list[tuple[CanonicalRow, RenderedRow, bool]] = []
 
     def begin(self, *, pairs: int, size_bytes: int) -> None:
         """Say how many pairs will pass by, and how long their rows are together."""
@@ -255,18 +262,29 @@ class TokenSample:
             return
         self._drawn += is_drawn
         try:
-            whole = encode_row(row, self._tokenizer)
+            texts = render_row(row, self._tokenizer)
         except RunAborted as error:
             self._num_refused += is_drawn
             if is_drawn and len(self._refused) < _LINES:
                 self._refused.append((row.line, error.message))
             return
-        self._look.show(row, whole)
-        if is_drawn:
-            self._look.see(row, whole)
+        self._waiting.append((row, texts, is_drawn))
+        if len(self._waiting) >= BATCH_ROWS:
+            self._encode()
+
+    def _encode(self) -> None:
+        """Count the pairs that wait: the tokenizer gets many texts at once."""
+        encoded = encode_rendered([texts for _, texts, _ in self._waiting], self._tokenizer)
+        for (row, _, is_drawn), whole in zip(self._waiting, encoded, strict=True):
+            self._look.show(row, whole)
+            if is_drawn:
+                self._look.see(row, whole)
+        self._waiting.clear()
 
     def report(self, raw: Mapping[int, JsonObject]) -> TokenReport | None:
         """Return the report, or None when no pair could be tokenised."""
+        if self._waiting:
+            self._encode()
         if not self._look.measured:
             return None
         return self._look.report(

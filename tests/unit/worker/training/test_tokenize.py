@@ -6,9 +6,14 @@ from tests.unit.worker.training.micro import tiny_tokenizer
 from worker.ingest.canonical import CanonicalRow, Message, Pair, Role, Split, canonical_row
 from worker.training.tokenize import (
     PLAIN_TEMPLATE,
+    EncodedRow,
     TokenizedSplit,
     cut_prompt,
+    encode_rendered,
+    encode_row,
+    encoded,
     prompt_ids,
+    render_row,
     tokenize_rows,
 )
 
@@ -123,3 +128,64 @@ def test_a_refusing_template_names_the_row() -> None:
     with pytest.raises(RunAborted, match=r"line 1\): no system role") as caught:
         tokens(row("Q", "a", "b"), tokenizer=tokenizer)
     assert caught.value.failure is FailureCode.DATASET_INVALID
+
+
+STRADDLING = (
+    "{% for m in messages %}{{ m['role'] }} says: {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant says: {% endif %}"
+)
+OPENS_OTHERWISE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>THINK{% endif %}"
+)
+
+
+def by_one_text_at_a_time(r: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> EncodedRow:
+    """The row by `encode` of each text alone, and comparison token by token."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def text(turns: tuple[Message, ...], *, asked: bool) -> str:
+        chat = [{"role": m.role.value, "content": m.content} for m in turns]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asked))
+
+    asked = text(r.prompt, asked=True)
+    answered = [text((*r.prompt, *answer), asked=False) for answer in (r.chosen, r.rejected)]
+    prompt, whole = ids(asked), [ids(each) for each in answered]
+    shared = len(prompt)
+    for each in whole:
+        same = [a == b for a, b in zip(prompt, each, strict=False)]
+        shared = min(shared, same.index(False) if False in same else len(same))
+    if shared < len(prompt) and all(each.startswith(asked) for each in answered):
+        return EncodedRow(prompt, *(ids(each[len(asked) :]) for each in answered))
+    return EncodedRow(prompt[:shared], *(each[shared:] for each in whole))
+
+
+@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE, STRADDLING, OPENS_OTHERWISE])
+def test_many_rows_at_once_are_what_each_is_alone(template: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    words = ("", "né ", "  two\n", "Über", "\u200b", "…!", "42 ", "emoji 🙂", "\tthe the", "a ")
+    rows = [
+        row(
+            f"{words[n % 10]}question {n} {words[n // 7 % 10] * (n % 5)}",
+            f"{words[n // 3 % 10]}answer {n}" if n % 11 else "",
+            f"{words[n // 2 % 10] * (n % 40)}other",
+            system="Be brief." if n % 4 == 0 else None,
+        )
+        for n in range(150)
+    ]
+    alone = [by_one_text_at_a_time(each, tokenizer) for each in rows]
+    together = list(encoded(rows, tokenizer))
+    assert [each for each, _ in together] == rows
+    assert [whole for _, whole in together] == alone
+    assert encode_row(rows[3], tokenizer) == alone[3]
+    assert encode_rendered([render_row(r, tokenizer) for r in rows[:7]], tokenizer) == alone[:7]
+    straddled = [
+        tokenizer.encode(render_row(r, tokenizer).chosen, add_special_tokens=False)
+        != one.prompt + one.chosen
+        for r, one in zip(rows, alone, strict=True)
+    ]
+    if template == STRADDLING:
+        assert any(straddled), "a token over the border is one of the cases"
