@@ -29,7 +29,6 @@ from kdpo.flows import (
 )
 from kdpo.resources import CheckpointCalls, DatasetCalls, JobCalls, RecommendationCalls
 from kdpo.transport import (
-    READ_BYTES,
     Address,
     address,
     broken,
@@ -180,7 +179,7 @@ class Driver:
         except httpx.TransportError as error:
             raise broken(self._to, error) from error
         opened.push_async_callback(response.aclose)
-        return _Stream(response, response.aiter_raw(READ_BYTES if _is_file(response) else None))
+        return _Stream(response, response.aiter_raw())
 
     async def _read(self, stream: object) -> bytes:
         try:
@@ -215,7 +214,3 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
-
-
-def _is_file(response: httpx.Response) -> bool:
-    return "text/event-stream" not in response.headers.get("content-type", "")

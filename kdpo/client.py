@@ -32,7 +32,6 @@ from kdpo.flows import (
 )
 from kdpo.resources import CheckpointCalls, DatasetCalls, JobCalls, RecommendationCalls
 from kdpo.transport import (
-    READ_BYTES,
     Address,
     address,
     broken,
@@ -193,7 +192,7 @@ class Driver:
         except httpx.TransportError as error:
             raise broken(self._to, error) from error
         opened.callback(response.close)
-        return _Stream(response, response.iter_raw(READ_BYTES if _is_file(response) else None))
+        return _Stream(response, response.iter_raw())
 
     def _read(self, stream: object) -> bytes:
         try:
@@ -221,7 +220,3 @@ class Driver:
             if error is not None:
                 raise error
         return [future.result() for future in futures]
-
-
-def _is_file(response: httpx.Response) -> bool:
-    return "text/event-stream" not in response.headers.get("content-type", "")

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from kdpo.sending import Policy, json_body, opened, sent
 from kdpo.types import Checkpoint, CheckpointFile
 
 MANIFEST = "manifest.json"
-READ_BYTES = 1024 * 1024
+WRITE_BYTES = 1024 * 1024
 _PART = re.compile(r"bytes (\d+)-")
 
 
@@ -179,19 +180,28 @@ def _read_some(
         return _Reached(position, refused)
     position = _starts_at(stream.status, stream.headers.get("content-range"), position)
     out = yield from run(lambda: _open(part, position))
+    pending = bytearray()
+    lost: ConnectionFailed | None = None
     try:
-        while chunk := (yield from read_stream(stream)):
-            yield from run(lambda data=chunk: out.write(data))  # type: ignore[misc]
-            position += len(chunk)
+        while lost is None:
+            try:
+                chunk = yield from read_stream(stream)
+            except ConnectionFailed as broken:
+                lost, chunk = broken, b""
+            pending += chunk
+            if len(pending) < WRITE_BYTES and chunk:
+                continue
+            # What came before the connection broke is kept as well.
+            position = yield from run(partial(_write, out, pending))
             if position > file.bytes:
                 raise DownloadFailed(f"{file.path} is longer than its manifest says")
             meter.at(file.path, position)
-    except ConnectionFailed as broken:
-        return _Reached(position, broken)
+            if not chunk:
+                break
     finally:
         out.close()
     yield Close(stream)
-    return _Reached(position)
+    return _Reached(position, lost)
 
 
 def _starts_at(status: int, content_range: str | None, asked: int) -> int:
@@ -228,6 +238,13 @@ def _open(part: Path, position: int) -> BinaryIO:
     out.seek(position)
     out.truncate()
     return out
+
+
+def _write(out: BinaryIO, pending: bytearray) -> int:
+    """Write and forget what is pending, and return where that ends."""
+    out.write(pending)
+    pending.clear()
+    return out.tell()
 
 
 def _publish(part: Path, target: Path, file: CheckpointFile) -> bool:
