@@ -41,6 +41,8 @@ NEIGHBOUR = ROOT.parent / "shared" / "data"
 """Where the whole of hh-harmless is looked for when no folder is named."""
 TIMEOUT_S = 1800.0
 _POLL_S = 0.2
+_REST_S, _REST_SHARE, _REST_WITHIN_S = 2.0, 0.1, 300.0
+"""At rest: over so many seconds no more than this share of one core is used."""
 
 Row = dict[str, Any]
 
@@ -171,6 +173,30 @@ class Memory(threading.Thread):
         self.join()
 
 
+def _until_at_rest(pid: int) -> None:
+    """Wait until a service that has just started is like one that runs: nothing is imported now."""
+    deadline = time.monotonic() + _REST_WITHIN_S
+    before = _cpu_ticks(pid)
+    while time.monotonic() < deadline:
+        time.sleep(_REST_S)
+        now = _cpu_ticks(pid)
+        if now - before <= _REST_SHARE * _REST_S * os.sysconf("SC_CLK_TCK"):
+            return
+        before = now
+    raise RuntimeError(f"the service was still busy after {_REST_WITHIN_S:.0f} s")
+
+
+def _cpu_ticks(pid: int) -> int:
+    """Processor time of the service and of all that runs below it."""
+    ticks = 0
+    for each in (pid, *_descendants(pid)):
+        with suppress(OSError):  # it has ended
+            # Behind the name, which may hold anything: user and system time are fields 14 and 15.
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks
+
+
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(OSError):  # it has ended
@@ -207,6 +233,7 @@ def measure(source: Source, size: int, scratch: Path) -> Row:
     sha256 = write(source, size, path)
     load = os.getloadavg()[0]
     with service(scratch) as (client, pid):
+        _until_at_rest(pid)
         with watched(pid) as validating:
             dataset, received, ready = _upload(client, path)
         with watched(pid) as recommending:
