@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from app import audit, errors, health, limits, problems
 from app.api import v1_router
 from app.deps import DEFAULT_OWNER
+from app.idempotency import Idempotency
 from app.middleware import BodyLimit, RequestLog
 from app.openapi import PROBLEM_RESPONSES, KdpoApi
 from app.queue import CeleryQueue
@@ -70,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings = settings
+    app.add_middleware(Idempotency)
     app.add_middleware(
         BodyLimit,
         max_body_bytes=settings.api.max_body_bytes,

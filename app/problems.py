@@ -11,6 +11,8 @@ from core.errors import NotFound
 router = APIRouter(prefix="/problems", tags=["problems"])
 
 EXPLANATIONS = {
+    "answer_not_kept": "The request was done before, and its answer is one that is never stored, "
+    "such as a new secret.",
     "broker_unavailable": "The message broker does not answer. Work is kept and sent later.",
     "cancel_requested": "The job was asked to stop.",
     "canonical_damaged": "The stored rows of a dataset have changed on disk. Upload it again.",
@@ -39,6 +41,8 @@ EXPLANATIONS = {
     "file_not_dataset": "No dataset is made of files of this purpose. Upload it with fine-tune.",
     "file_too_large": "The file is larger than this server takes.",
     "http_error": "The request does not follow HTTP; the detail says how.",
+    "idempotency_key_reused": "The `Idempotency-Key` was sent before with another body. Make a new "
+    "key for each new request.",
     "internal": "kdpo failed in a way that it should not. The server's log has the reason.",
     "invalid_api_key": "The API key is unknown, revoked or expired.",
     "invalid_input": "The request can be read and says something that cannot be done; `errors` "
@@ -70,6 +74,8 @@ EXPLANATIONS = {
     "range_not_satisfiable": "The range begins behind the end of the file.",
     "rate_limit_exceeded": "The API key asks too often. Wait as long as `Retry-After` says.",
     "recommendation_not_ready": "The recommendation has no final answer yet, or ended without one.",
+    "request_in_progress": "A request with the same `Idempotency-Key` is still worked on. Send it "
+    "again shortly.",
     "source_address_blocked": "The host of the source has an address that this server may not "
     "connect to: a private, loopback, link-local, metadata or multicast one.",
     "source_ambiguous": "The repository has several configurations or splits. Name one.",

@@ -9,6 +9,7 @@ from core.settings import Settings
 from models.outbox import relay_once
 from models.repositories.audit import AuditRepository
 from models.repositories.jobs import JobRepository, Reaped
+from models.repositories.replays import KEPT_S, ReplayRepository
 from models.session import Database
 
 _log = logging.getLogger("kdpo.maintenance")
@@ -55,6 +56,7 @@ class Maintenance:
     def _forget(self) -> None:
         with self._database.transaction() as session:
             AuditRepository(session).sweep(older_than_s=self._audit_s)
+            ReplayRepository(session).sweep(older_than_s=KEPT_S)
 
     def reap(self) -> list[Reaped]:
         """Take back the jobs whose worker stopped renewing the lease.

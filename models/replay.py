@@ -12,8 +12,8 @@ from models.types import Epoch, Json
 class Replay(Identified, Base):
     """A request that happens once for its key: running until a time, or answered.
 
-    `resource` is the path of what it has made, written in the transaction that makes it, so that
-    the object is found again when the process dies before it has answered.
+    `job_id` is the job that it has made, written in the transaction that makes it, so that it is
+    found again when the process dies before it has answered.
     """
 
     __tablename__ = "replay"
@@ -28,7 +28,7 @@ class Replay(Identified, Base):
     key: Mapped[str] = mapped_column(String(255))
     fingerprint: Mapped[str | None] = mapped_column(String(64))
     running_until: Mapped[float | None] = mapped_column(Epoch)
-    resource: Mapped[str | None] = mapped_column(String(200))
+    job_id: Mapped[str | None] = mapped_column(String(48))
     status: Mapped[int | None] = mapped_column(Integer)
     headers: Mapped[dict[str, Any] | None] = mapped_column(Json)
     body: Mapped[str | None] = mapped_column(Text)

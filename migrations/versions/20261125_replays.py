@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("key", sa.String(length=255), nullable=False),
         sa.Column("fingerprint", sa.String(length=64), nullable=True),
         sa.Column("running_until", sa.Double(), nullable=True),
-        sa.Column("resource", sa.String(length=200), nullable=True),
+        sa.Column("job_id", sa.String(length=48), nullable=True),
         sa.Column("status", sa.Integer(), nullable=True),
         sa.Column("headers", _JSON, nullable=True),
         sa.Column("body", sa.Text(), nullable=True),

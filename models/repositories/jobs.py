@@ -19,6 +19,7 @@ from models.repositories.job_moves import worker_lost
 from models.repositories.job_pauses import JobPauses
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.repositories.quotas import QuotaRepository
+from models.repositories.replays import note_made
 from models.types import db_now
 
 ID_OF_KIND = {
@@ -85,6 +86,8 @@ class JobRepository(JobClaims, JobPauses):
         )
         self._session.add(job)
         self._session.flush()
+        if parent_id is None:
+            note_made(self._session, job)
         if after_validation:
             self._event_status(job.id, job.status, "The job waits for its data to be validated.")
         else:
