@@ -153,19 +153,24 @@ def _tail(log: Path) -> str:
 
 
 class Memory(threading.Thread):
-    """Watches the job processes below the service: the peak of the resident set, in bytes."""
+    """Watches the job processes below the service: the peak of the resident set, in bytes.
 
-    def __init__(self, pid: int) -> None:
+    Of a process that is kept for the next job only where `spare` is true.
+    """
+
+    def __init__(self, pid: int, *, spare: bool) -> None:
         super().__init__(daemon=True)
         self.peak = 0
         self._pid = pid
+        self._ignored = None if spare else b"--spare"
         self._stopped = threading.Event()
 
     def run(self) -> None:
         while not self._stopped.wait(0.1):
             for pid in _descendants(self._pid):
                 with suppress(OSError):  # it has ended
-                    if b"worker.runner" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                    if b"worker.runner" in words and self._ignored not in words:
                         self.peak = max(self.peak, _peak_rss(pid))
 
     def stop(self) -> None:
@@ -213,9 +218,9 @@ def _peak_rss(pid: int) -> int:
 
 
 @contextmanager
-def watched(pid: int) -> Iterator[Memory]:
+def watched(pid: int, *, spare: bool) -> Iterator[Memory]:
     """Peak memory of jobs that run within the block."""
-    memory = Memory(pid)
+    memory = Memory(pid, spare=spare)
     memory.start()
     try:
         yield memory
@@ -234,9 +239,9 @@ def measure(source: Source, size: int, scratch: Path) -> Row:
     load = os.getloadavg()[0]
     with service(scratch) as (client, pid):
         _until_at_rest(pid)
-        with watched(pid) as validating:
+        with watched(pid, spare=False) as validating:
             dataset, received, ready = _upload(client, path)
-        with watched(pid) as recommending:
+        with watched(pid, spare=True) as recommending:
             view, first, done = _recommend(client, dataset["id"])
         job = _body(client.get(f"/v1/jobs/{view['job_id']}"))
     evidence = view["evidence"]
