@@ -12,13 +12,13 @@ from sqlalchemy.orm import Session
 
 from core.errors import CancelRequested, KdpoError
 from core.lifecycle import Attention, EventType, Phase, StepStatus
+from core.search_files import trials_folder
 from core.settings import Settings
 from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.steps import StepRepository
 from models.session import Database
-from worker.outcome import TRIALS
 
 
 class Preempted(KdpoError):
@@ -53,7 +53,7 @@ class JobContext:
     @property
     def trials_dir(self) -> Path:
         """Folder of a search's trials, shared by all attempts at its job and by its helpers."""
-        return self.settings.artifact_dir / "jobs" / self.home_id / TRIALS
+        return trials_folder(self.settings.artifact_dir, self.home_id)
 
     @property
     def attempt_dir(self) -> Path:

@@ -9,11 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from core.errors import FailureCode
 from core.lifecycle import Phase
+from core.search_files import TRIALS as TRIALS
 from worker.ingest.files import atomic_writer
 
 OUTCOME_NAME = "outcome.json"
-TRIALS = "trials"
-"""Folder of a job's trials, beside those of its attempts."""
 LOG_NAME = "log.txt"
 
 

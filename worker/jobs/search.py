@@ -31,9 +31,10 @@ from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import Span
+from worker.jobs.search_losses import losses_path
 from worker.jobs.search_plan import make_plan
 from worker.jobs.search_record import record_trials
-from worker.jobs.search_tasks import known, losses_path, scope_of, work
+from worker.jobs.search_tasks import known, scope_of, work
 from worker.jobs.workbench import Workbench
 from worker.training.evaluate import Floats, Ints, clustered_standard_error, pair_groups
 

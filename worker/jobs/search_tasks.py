@@ -9,10 +9,8 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import assert_never
 
-import orjson
 from sqlalchemy.orm import Session
 
 from core.lifecycle import EndedBy, JobKind
@@ -27,9 +25,9 @@ from selection.study import Plan, Running, Start, Stop, Study, Wait
 from selection.wire import TaskFacts, plan_from_json, setting_to_json, study_of
 from worker.context import JobContext
 from worker.ingest.canonical import Split
-from worker.ingest.files import atomic_writer, full_disk_as_error
 from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import TRIAL_SCOPE, ScopeHooks, Span
+from worker.jobs.search_losses import write_groups, write_losses
 from worker.jobs.workbench import Workbench
 from worker.training.evaluate import Floats, trial_score
 from worker.training.run import Ended, RunOutcome
@@ -289,6 +287,7 @@ def run_task(bench: Workbench, claimed: Claimed, *, span: Span) -> None:
     run = bench.train(request, span=train, hooks=hooks)
     end, losses = _judged(bench, claimed, run, hooks, score)
     if losses is not None:
+        write_groups(bench)
         write_losses(context, number, start.task.rung, losses)
     with context.transaction() as session:
         repository = SearchRepository(session)
@@ -333,22 +332,6 @@ def _unusable(ended_by: EndedBy, message: str, hooks: TaskHooks) -> TaskEnd:
         ended_by=ended_by, seconds=hooks.spent, log_loss=None, drift=None, feasible=False,
         metrics={"message": message}, is_last=False,
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------- losses
-
-
-def losses_path(context: JobContext, number: int, rung: int) -> Path:
-    """Where the losses of a trial at a rung are kept."""
-    return context.trials_dir / f"{number}-{rung}.json"
-
-
-def write_losses(context: JobContext, number: int, rung: int, losses: Floats) -> None:
-    """Keep the losses of all validation pairs, by which trials are compared pair by pair."""
-    path = losses_path(context, number, rung)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_as_error(path.parent), atomic_writer(path) as file:
-        file.write(orjson.dumps(losses.tolist()))
 
 
 # ------------------------------------------------------------------- working
