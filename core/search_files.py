@@ -1,4 +1,4 @@
-"""Where the files of a search lie in the artifact folder: workers write them, the API reads them."""
+"""Where files of a search lie in the artifact folder: workers write them, the API reads them."""
 
 from pathlib import Path
 
