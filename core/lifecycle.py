@@ -4,8 +4,12 @@ from enum import StrEnum
 
 
 class JobStatus(StrEnum):
-    """Public states of a job: OpenAI's six and `paused`. Terminal ones never change."""
+    """States of a job: OpenAI's six, `paused`, and `draft`, which OpenAI's form shows as queued.
 
+    Terminal ones never change.
+    """
+
+    DRAFT = "draft"
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
@@ -21,10 +25,13 @@ class JobStatus(StrEnum):
 
 
 JOB_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.DRAFT: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
     JobStatus.VALIDATING_FILES: frozenset(
         {JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED}
     ),
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset(
+        {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
     JobStatus.RUNNING: frozenset(
         {
             JobStatus.QUEUED,

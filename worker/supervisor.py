@@ -57,7 +57,7 @@ class Heartbeat(threading.Thread):
     ) -> None:
         super().__init__(name=f"heartbeat-{fence.job_id}", daemon=True)
         self.lost = False
-        self.cancel_requested = False
+        self.cancel_requested = self.cancel_forced = self.pause_requested = False
         self.last_success = since
         self._database = database
         self._fence = fence
@@ -84,7 +84,14 @@ class Heartbeat(threading.Thread):
                 continue
             self.last_success = begun
             self.cancel_requested = beat.cancel_requested
+            self.cancel_forced = beat.cancel_forced
+            self.pause_requested = beat.pause_requested
             pause_s = self._limits.heartbeat_s
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether a person wants the attempt to end."""
+        return self.cancel_requested or self.pause_requested
 
     def stop(self) -> None:
         self._stopped.set()
@@ -213,10 +220,10 @@ class Supervisor:
                 )  # fmt: skip
                 return None
             if kill_at is None:
-                if self._draining or heartbeat.cancel_requested:
+                if heartbeat.must_stop or self._draining:
                     process.ask_to_stop()
                     kill_at = now + self._limits.kill_grace_s
-            elif now > kill_at:
+            elif now > kill_at or heartbeat.cancel_forced:
                 process.kill()
 
     # -------------------------------------------------------- how it ended

@@ -18,6 +18,7 @@ from core.lifecycle import (
 )
 from core.queue import QueueName
 from models.dataset import Dataset
+from models.experiment import Checkpoint
 from models.job import Job, JobAttempt, Outbox
 from models.repositories.events import append_event
 from models.types import db_now
@@ -36,6 +37,8 @@ class Beat:
     """What the heartbeat brings back."""
 
     cancel_requested: bool
+    cancel_forced: bool = False
+    pause_requested: bool = False
 
 
 class JobMoves:
@@ -56,15 +59,27 @@ class JobMoves:
         )
 
     def _beat(self, fence: Fence, statement: Any) -> Beat:
-        row = self._session.execute(statement.returning(Job.cancel_requested_at)).one_or_none()
+        asked = (Job.cancel_requested_at, Job.cancel_options, Job.pause_requested_at)
+        row = self._session.execute(statement.returning(*asked)).one_or_none()
         if row is None:
             raise _lost(fence)
-        return Beat(cancel_requested=row[0] is not None)
+        return Beat(
+            cancel_requested=row[0] is not None,
+            cancel_forced=row[0] is not None and (row[1] or {}).get("mode") == "force",
+            pause_requested=row[2] is not None,
+        )
 
     def _lock(self, fence: Fence) -> Any:
         """Lock an owned job and return what decides where it goes next."""
         owned = (
-            select(Job.kind, Job.queue, Job.failures, Job.losses, Job.cancel_requested_at)
+            select(
+                Job.kind,
+                Job.queue,
+                Job.failures,
+                Job.losses,
+                Job.cancel_requested_at,
+                Job.pause_requested_at,
+            )
             .where(
                 Job.id == fence.job_id,
                 Job.attempt == fence.attempt,
@@ -106,7 +121,7 @@ class JobMoves:
         exit_code: int | None = None,
         **values: Any,
     ) -> JobStatus:
-        """Return a running job to its queue; one that was to be cancelled is cancelled instead."""
+        """Return a running job to its queue, unless it was to be cancelled or paused."""
         row = self._lock(fence)
         if row.cancel_requested_at is not None:
             lost = outcome is AttemptOutcome.LOST
@@ -115,6 +130,14 @@ class JobMoves:
                 exit_code=exit_code, message="The job was cancelled.",
             )  # fmt: skip
             return JobStatus.CANCELLED
+        if row.pause_requested_at is not None:
+            self._leave(fence, JobStatus.PAUSED, pause_requested_at=None, phase=None, **values)
+            preempted = outcome is AttemptOutcome.PREEMPTED
+            self._end_attempt(
+                fence, AttemptOutcome.PAUSED if preempted else outcome, exit_code, error
+            )
+            self._event_status(fence.job_id, JobStatus.PAUSED, "The job was paused.")
+            return JobStatus.PAUSED
         self._leave(fence, JobStatus.QUEUED, run_after=db_now() + delay_s, **values)
         self._end_attempt(fence, outcome, exit_code, error)
         self._event_status(
@@ -217,9 +240,23 @@ class JobMoves:
         self._event_status(job_id, status, message, level=level)
         append_event(self._session, job_id, EventType.DONE, "No more events.")
         self._stop_helpers(job_id)
+        if status is JobStatus.CANCELLED:
+            self._drop_unwanted(job_id)
         if status is not JobStatus.SUCCEEDED:
             self._give_up_dataset(job_id, status, message, error=error)
         self._release_waiting(job_id)
+
+    def _drop_unwanted(self, job_id: str) -> None:
+        """Delete the checkpoints of a job whose cancel was to keep none."""
+        options = select(Job.cancel_options).where(Job.id == job_id)
+        if (self._session.execute(options).scalar_one() or {}).get("keep_checkpoints", True):
+            return
+        self._session.execute(
+            update(Checkpoint)
+            .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+            .values(deleted_at=db_now(), files=[], bytes=0)
+            .execution_options(synchronize_session=False)
+        )
 
     def _give_up_dataset(
         self, job_id: str, status: JobStatus, message: str, *, error: dict[str, Any] | None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from core.errors import Category, Conflict
 from core.lifecycle import (
@@ -62,7 +62,7 @@ class JobPauses(JobMoves):
         return JobStatus.PAUSED
 
     def resume(self, job: Job) -> Job:
-        """Queue a paused job again; one that is queued or runs already is left as it is.
+        """Queue a paused job again, or a draft; one that is queued or runs already goes on.
 
         Raises:
             Conflict: the job has ended.
@@ -75,13 +75,22 @@ class JobPauses(JobMoves):
                 code="job_not_resumable",
             )
         resumed = self._move(
-            job.id, (JobStatus.PAUSED,), JobStatus.QUEUED, error=None, run_after=db_now(),
-            attention=_without_low_disk(job),
+            job.id, (JobStatus.DRAFT, JobStatus.PAUSED), JobStatus.QUEUED, error=None,
+            run_after=db_now(), attention=_without_low_disk(job),
+            queued_at=func.coalesce(Job.queued_at, db_now()),
         )  # fmt: skip
         if resumed:
             self._tell_dataset(job.id, None)
             self._event_status(job.id, JobStatus.QUEUED, "The job was resumed and is queued again.")
             self._owe_wake(job.queue, job.id)
+        elif job.pause_requested_at is not None:
+            # The attempt may have been told to stop already: then another one goes on.
+            asked = update(Job).where(Job.id == job.id, Job.status == JobStatus.RUNNING)
+            self._session.execute(
+                asked.values(pause_requested_at=None, version=Job.version + 1).execution_options(
+                    synchronize_session=False
+                )
+            )
         self._session.refresh(job)
         return job
 

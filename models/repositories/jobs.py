@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, or_, select, update
+from sqlalchemy import Select, or_, select
 
-from core.errors import Conflict, LeaseLost, NotFound
+from core.errors import Conflict, LeaseLost
 from core.ids import IdPrefix, new_id
 from core.lifecycle import AttemptOutcome, EventType, JobKind, JobStatus, Phase
 from core.queue import QUEUE_OF_KIND, QueueName
@@ -17,6 +17,7 @@ from models.repositories.job_moves import Beat as Beat
 from models.repositories.job_moves import Fence as Fence
 from models.repositories.job_moves import worker_lost
 from models.repositories.job_pauses import JobPauses
+from models.repositories.job_requests import JobRequests
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.repositories.quotas import QuotaRepository
 from models.repositories.replays import note_made
@@ -29,6 +30,13 @@ ID_OF_KIND = {
     JobKind.EXPORT: IdPrefix.JOB,
     JobKind.SEARCH: IdPrefix.JOB,
 }
+_BEGINNINGS = {
+    JobStatus.DRAFT: "The job is a draft; resume it to queue it.",
+    JobStatus.VALIDATING_FILES: "The job waits for its data to be validated.",
+    JobStatus.QUEUED: "The job is queued.",
+}
+# All that they need is in their spec.
+REPEATABLE = frozenset({JobKind.RECOMMENDATION, JobKind.TRAINING, JobKind.EXPORT})
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Reaped:
     status: JobStatus
 
 
-class JobRepository(JobClaims, JobPauses):
+class JobRepository(JobClaims, JobPauses, JobRequests):
     """All reads and writes of jobs in one transaction."""
 
     # ------------------------------------------------------------- by the API
@@ -56,25 +64,29 @@ class JobRepository(JobClaims, JobPauses):
         seed: int = 0,
         metadata: dict[str, str] | None = None,
         after_validation: bool = False,
+        draft: bool = False,
         parent_id: str | None = None,
         priority: int = 0,
     ) -> Job:
         """Insert a queued job with its first event and the wake-up its queue is owed.
 
         With `after_validation` it waits until its dataset is validated: it is queued when that can
-        be used, else it fails.
+        be used, else it fails. A draft waits until it is resumed.
 
         Raises:
             QuotaExceeded: the owner has too many waiting jobs, or no device time left.
         """
         if parent_id is None:
             QuotaRepository(self._session).admit_job(owner_id, kind)
+        status = JobStatus.VALIDATING_FILES if after_validation else JobStatus.QUEUED
+        if draft:
+            status = JobStatus.DRAFT
         job = Job(
             id=job_id or new_id(ID_OF_KIND[kind]),
             owner_id=owner_id,
             kind=kind,
             queue=QUEUE_OF_KIND[kind],
-            status=JobStatus.VALIDATING_FILES if after_validation else JobStatus.QUEUED,
+            status=status,
             spec=spec,
             dataset_id=dataset_id,
             model=model,
@@ -82,29 +94,16 @@ class JobRepository(JobClaims, JobPauses):
             labels=metadata or {},
             parent_id=parent_id,
             priority=priority,
-            queued_at=None if after_validation else db_now(),
+            queued_at=db_now() if status is JobStatus.QUEUED else None,
         )
         self._session.add(job)
         self._session.flush()
         if parent_id is None:
             note_made(self._session, job)
-        if after_validation:
-            self._event_status(job.id, job.status, "The job waits for its data to be validated.")
-        else:
-            self._event_status(job.id, job.status, "The job is queued.")
+        self._event_status(job.id, status, _BEGINNINGS[status])
+        if status is JobStatus.QUEUED:
             self._owe_wake(job.queue, job.id)
         self._session.refresh(job)
-        return job
-
-    def get(self, owner_id: str, job_id: str, *, kind: JobKind | None = None) -> Job:
-        """Return the owner's job.
-
-        Raises:
-            NotFound: no such job, another kind, or somebody else's.
-        """
-        job = self._session.get(Job, job_id)
-        if job is None or job.owner_id != owner_id or (kind is not None and job.kind is not kind):
-            raise NotFound(f"no job {job_id!r}", hint="list your jobs to see their ids")
         return job
 
     def page(
@@ -129,45 +128,38 @@ class JobRepository(JobClaims, JobPauses):
                 statement = statement.where(column == value)
         return fetch_page(self._session, statement, Job.id, query)
 
-    def request_cancel(self, owner_id: str, job_id: str) -> Job:
-        """Cancel a queued job at once, ask a running one to stop at its next step.
+    def retry(self, job: Job) -> Job:
+        """Queue a new job that does what one that has failed or was cancelled should have done.
+
+        A job that has ended stays as it is; the new one names it in `retry_of`.
 
         Raises:
-            NotFound: no such job.
-            Conflict: the job has already ended otherwise.
+            Conflict: the job can go on itself, has succeeded, or cannot be repeated on its own.
+            QuotaExceeded: the owner has too many waiting jobs, or no device time left.
         """
-        # Locked, or a job that is just being given back to its queue is neither one that waits
-        # nor one that runs for the two updates below.
-        self._session.get(Job, job_id, with_for_update=True, populate_existing=True)
-        job = self.get(owner_id, job_id)
-        if job.status is JobStatus.CANCELLED:
-            return job
-        if job.status.is_terminal:
+        if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
             raise Conflict(
-                f"job {job_id} has already {job.status.value}; only a job that has not ended can "
-                "be cancelled",
-                code="job_not_cancellable",
+                f"job {job.id} is {job.status.value}; only one that has failed or was cancelled "
+                "can be retried",
+                code="job_not_retryable",
+                hint="a paused job is resumed, a failed attempt of a running one repeats itself",
             )
-        waiting = self._move(
-            job_id,
-            (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED),
-            JobStatus.CANCELLED,
-            cancel_requested_at=db_now(),
-            finished_at=db_now(),
+        if job.kind not in REPEATABLE:
+            raise Conflict(
+                f"job {job.id} is of kind {job.kind.value}, which is not repeated on its own",
+                code="job_not_retryable",
+                hint="make again what it was for, e.g. by a new version of the dataset",
+            )
+        return self.create(
+            owner_id=job.owner_id,
+            kind=job.kind,
+            spec={**job.spec, "retry_of": job.id},
+            dataset_id=job.dataset_id,
+            model=job.model,
+            seed=job.seed,
+            metadata=job.labels,
+            priority=job.priority,
         )
-        if waiting:
-            self._ended(job_id, JobStatus.CANCELLED, "The job was cancelled.")
-        else:
-            asked = update(Job).where(
-                Job.id == job_id, Job.status == JobStatus.RUNNING, Job.cancel_requested_at.is_(None)
-            )
-            self._session.execute(
-                asked.values(
-                    cancel_requested_at=db_now(), version=Job.version + 1
-                ).execution_options(synchronize_session=False)
-            )
-        self._session.refresh(job)
-        return job
 
     # --------------------------------------------------------- by the workers
 
