@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test soak openapi test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -48,6 +48,12 @@ demo: setup ## Upload, recommend, train and compare on a tiny model, on this mac
 
 test: setup ## Run every test, end-to-end ones included (minutes)
 	$(PYTEST)
+
+soak: setup ## Send 20,000 requests that follow and break the OpenAPI document (half an hour)
+	SCHEMA_CASES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_schema.py
+
+openapi: setup ## Write docs/openapi.json anew
+	$(BIN)/python -m app.openapi_file docs/openapi.json
 
 test-fast: setup ## Run unit and architecture tests (seconds to a minute)
 	$(PYTEST) tests/unit tests/architecture

@@ -54,7 +54,12 @@ def health() -> Alive:
     return Alive()
 
 
-@router.get("/readyz", operation_id="get_readiness", response_model=Readiness)
+@router.get(
+    "/readyz",
+    operation_id="get_readiness",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "Something is missing"}},
+)
 def ready(database: Db, queue: Queue, settings: Config) -> Response:
     """Say whether database, broker and workers are there; 503 when one is not."""
     live, served = 0, set[str]()

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from app import audit, errors, health, limits, problems
+from app import audit, docs_page, errors, health, limits, problems
 from app.api import v1_router
 from app.deps import DEFAULT_OWNER
 from app.idempotency import Idempotency
@@ -84,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     limits.install(app)
     app.include_router(health.router)
     app.include_router(problems.router, responses=PROBLEM_RESPONSES)
+    app.include_router(docs_page.router)
     app.include_router(v1_router())
     return app
 
