@@ -36,7 +36,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], settings: WebhookSet
         error = refused.message
     except ssl.SSLCertVerificationError as failure:
         error = f"the certificate is not trusted: {failure.verify_message}"
-    except (OSError, http.client.HTTPException) as failure:
+    except (OSError, http.client.error) as failure:
         slow = ended.is_set() or isinstance(failure, TimeoutError)
         error = f"no answer within {settings.timeout_s:g} s" if slow else _said(failure)
     took = int((time.monotonic() - began) * 1000)
@@ -59,7 +59,7 @@ def _status(
     """Return the status of the answer.
 
     Raises:
-        OSError, HTTPException: there was none.
+        OSError, http.client.error: there was none.
     """
     url = target.url
     peers, why = resolve_peers(url.host, url.port, target.rule)
