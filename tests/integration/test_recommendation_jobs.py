@@ -8,18 +8,23 @@ from typing import Any
 import orjson
 import pytest
 
-from core.lifecycle import EndedBy, EventType, JobKind, JobStatus, TrialStatus
+from core.lifecycle import EndedBy, EventType, JobKind, JobStatus
 from core.profile import Recommendation
 from core.queue import QueueName
-from core.run_spec import CandidateSpec
+from core.run_spec import CandidateSpec, TrainSpec
 from core.spec import DivergenceName, ObjectiveSpec
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
+from models.repositories.searches import SearchRepository, TaskEnd, TrialKey
+from selection.study import PLAIN
 from tests.integration.training_world import TrainingWorld, micro_llama, running_world
-from worker.context import Preempted
+from worker.context import JobContext, Preempted
+from worker.ingest.canonical import Split
 from worker.jobs import fine_tune, recommend
+from worker.jobs.scopes import Span
+from worker.jobs.workbench import open_workbench
 from worker.training.store import MANIFEST
 
 PAIRS = 60
@@ -102,6 +107,38 @@ def test_the_same_seed_draws_the_same_and_another_one_another(world: TrainingWor
     assert len(passes(world)) == 4, "the second job has run nothing"
 
 
+def test_a_job_that_needs_the_whole_split_measures_the_same_sample(world: TrainingWorld) -> None:
+    def of_the_whole(context: JobContext) -> dict[str, Any]:
+        bench = open_workbench(context, spec=TrainSpec(), splits=(Split.TRAIN,))
+        assert len(bench.pairs[Split.TRAIN]) > MOST
+        return {"id": recommend.make_recommendation(bench, span=Span(0.0, 1.0))[0]}
+
+    job = asked(world, seed=3)
+    world.attempt(recommend.run)
+    sample = stored(world, job)
+    other_job = asked(world, seed=3)
+    world.attempt(of_the_whole)
+    whole = stored(world, other_job)
+    assert sample is not None
+    assert whole is not None
+    for name in ("pairs", "prompts", "sampled_pairs", "sampled_prompts", "max_pairs", "seed"):
+        assert getattr(whole.profile, name) == getattr(sample.profile, name)
+    for one, other in zip(whole.profile.kernels, sample.profile.kernels, strict=True):
+        # What is drawn by lot, folds and random pairs, is not the same in both.
+        for metric in ("pnav", "tat", "nag"):
+            values = [getattr(kernel, metric).value for kernel in (one, other)]
+            assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
+    assert whole.data is not None
+    assert whole.data.tokens.rule == "all pairs of the training split"
+    assert sample.data is not None
+    tokens = sample.data.tokens
+    assert tokens.rule.startswith("prompts of the training split in an order drawn from seed 3")
+    assert (tokens.measured_pairs, tokens.pairs) == (
+        sample.profile.sampled_pairs,
+        sample.profile.pairs,
+    )
+
+
 def test_an_early_answer_comes_first_says_what_it_is_and_is_replaced(world: TrainingWorld) -> None:
     job = asked(world)
     with pytest.raises(Preempted):
@@ -140,22 +177,29 @@ def finished_search(world: TrainingWorld, found: Recommendation, *, best: Diverg
             claim.fence, owner_id=world.owner_id, dataset_id=world.dataset_id,
             model=world.model.name, result=found.model_dump(mode="json"),
         )  # fmt: skip
-        study = experiments.ensure_study(claim.fence, owner_id=world.owner_id, spec={})
-        tried = [("baseline", ObjectiveSpec(), 0.6), ("sampler", ObjectiveSpec(), 0.1)]
+        searches = SearchRepository(session)
+        study = searches.create(
+            claim.fence, owner_id=world.owner_id, spec={}, plan={}, shape="full"
+        )
+        tried = [(PLAIN, ObjectiveSpec(), 0.6)]
         for pair in found.ranking[:14]:
             loss = 0.5 if pair.divergence == best else 0.6
-            tried.append(("coverage", pair.objective, loss))
-        for number, (origin, objective, log_loss) in enumerate(tried):
+            tried.append((f"{pair.kernel} {pair.divergence}", pair.objective, loss))
+        for arm, objective, log_loss in tried:
             candidate = CandidateSpec(objective=objective, learning_rate=1e-3)
-            experiments.start_trial(
-                claim.fence, study, number=number, origin=origin,
-                candidate=candidate.model_dump(mode="json"), label=objective.label,
+            record = searches.add(
+                study, TrialKey(arm, 0, 0), rung=0, start=0, setting={}, origin="coverage",
+                candidate=candidate.model_dump(mode="json"), reason="a test",
             )  # fmt: skip
-            experiments.finish_trial(
-                claim.fence, study, number=number, status=TrialStatus.COMPLETE,
-                ended_by=EndedBy.BUDGET, log_loss=log_loss, drift=0.1, feasible=True,
-                metrics={}, gpu_seconds=1.0,
+            searches.take(claim.fence, study, record, limit_seconds=None, label=arm)
+            searches.finish(
+                claim.fence, study, record,
+                TaskEnd(
+                    ended_by=EndedBy.BUDGET, seconds=1.0, log_loss=log_loss, drift=0.1,
+                    feasible=True, metrics={"steps": 1.0}, is_last=True,
+                ),
             )  # fmt: skip
+        searches.end(study, by="budget", reason="all of it is spent")
         JobRepository(session).finish(claim.fence, JobStatus.SUCCEEDED, message="done", result={})
 
 
@@ -180,10 +224,10 @@ def test_finished_searches_of_the_owner_move_the_ranking(world: TrainingWorld) -
     assert warm.profile == cold.profile
     with world.database.transaction() as session:
         bob = OwnerRepository(session).ensure("bob").id
-        theirs = ExperimentRepository(session).finished_searches(bob, limit=10)
-        ours = ExperimentRepository(session).finished_searches(world.owner_id, limit=4)
-    assert theirs == [], "what others have found is theirs"
-    assert [len(trials) for _, trials in ours] == [16] * 4
+        theirs = SearchRepository(session).finished(bob, limit=10)
+        ours = SearchRepository(session).finished(world.owner_id, limit=4)
+        assert theirs == [], "what others have found is theirs"
+        assert [len(records) for _, records in ours] == [15] * 4
 
 
 def test_what_an_accepted_recommendation_trains_names_it(world: TrainingWorld) -> None:

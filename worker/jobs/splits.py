@@ -59,7 +59,7 @@ class SplitLoader:
             rows=tuple(row for row in rows if row.id in kept),
             of_pairs=len(rows),
             of_prompts=len({row.group_id for row in rows}),
-            rule=_all_of(split),
+            rule=f"all pairs of the {_named(split)} split",
             look=look,
             warnings=tuple(f"{split.value}: {sentence}" for sentence in found.warnings()),
         )
@@ -82,17 +82,17 @@ class SplitLoader:
             rows=drawn.rows,
             of_pairs=drawn.of_pairs,
             of_prompts=drawn.of_prompts,
-            rule=_all_of(split) if is_whole else (
-                f"prompts of the {split.value} split in an order drawn from seed {seed}, with all "
-                f"their pairs, up to {limit} usable pairs"
+            rule=f"all pairs of the {_named(split)} split" if is_whole else (
+                f"prompts of the {_named(split)} split in an order drawn from seed {seed}, with "
+                f"all their pairs, up to {limit} usable pairs"
             ),
             look=look,
             warnings=tuple(f"{split.value}{of}: {told}" for told in drawn.split.warnings()),
         )  # fmt: skip
 
 
-def _all_of(split: Split) -> str:
-    return f"all pairs of the {'training' if split is Split.TRAIN else split.value} split"
+def _named(split: Split) -> str:
+    return "training" if split is Split.TRAIN else split.value
 
 
 def _some(found: TokenizedSplit, split: Split) -> tuple[TokenizedPair, ...]:
