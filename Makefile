@@ -49,7 +49,8 @@ demo: setup ## Upload, recommend, train and compare on a tiny model, on this mac
 test: setup ## Run every test, end-to-end ones included (minutes)
 	$(PYTEST)
 
-soak: setup ## Send 20,000 requests that follow and break the OpenAPI document (half an hour)
+soak: setup ## Send 20,000 requests that follow and break the OpenAPI document; kill a search's workers 50 times (an hour)
+	SEARCH_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_search_workers.py
 	SCHEMA_CASES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_schema.py
 
 openapi: setup ## Write docs/openapi.json anew

@@ -240,10 +240,10 @@ def measure(source: Source, size: int, scratch: Path) -> Row:
     with service(scratch) as (client, pid):
         _until_at_rest(pid)
         with watched(pid, spare=False) as validating:
-            dataset, received, ready = _upload(client, path)
+            dataset, received, ready = upload(client, path)
         with watched(pid, spare=True) as recommending:
             view, first, done = _recommend(client, dataset["id"])
-        job = _body(client.get(f"/v1/jobs/{view['job_id']}"))
+        job = body_of(client.get(f"/v1/jobs/{view['job_id']}"))
     evidence = view["evidence"]
     return {
         "kind": "run",
@@ -264,7 +264,8 @@ def measure(source: Source, size: int, scratch: Path) -> Row:
     }
 
 
-def _body(response: httpx.Response) -> Row:
+def body_of(response: httpx.Response) -> Row:
+    """The JSON of an answer that must not be an error."""
     if response.is_error:
         raise RuntimeError(f"{response.request.url}: {response.status_code} {response.text[:500]}")
     body: Row = response.json()
@@ -284,17 +285,17 @@ class Sending(io.FileIO):
         return super().read(-1 if size is None else size) or b""
 
 
-def _upload(client: httpx.Client, path: Path) -> tuple[Row, float, float]:
+def upload(client: httpx.Client, path: Path) -> tuple[Row, float, float]:
     """The dataset, when the last of the file was sent, and when it was found ready.
 
     The server may answer when a small file is validated, so its answer does not end the upload.
     """
     with Sending(path) as file:
-        dataset = _body(client.post("/v1/datasets", files={"file": (path.name, file)}))
+        dataset = body_of(client.post("/v1/datasets", files={"file": (path.name, file)}))
         received = file.last_read
     while dataset["status"] == "validating":
-        _pause(received)
-        dataset = _body(client.get(f"/v1/datasets/{dataset['id']}"))
+        pause(received)
+        dataset = body_of(client.get(f"/v1/datasets/{dataset['id']}"))
     if not dataset["status"].startswith("ready"):
         raise RuntimeError(f"the dataset is {dataset['status']}: {dataset}")
     return dataset, received, time.monotonic()
@@ -304,11 +305,11 @@ def _recommend(client: httpx.Client, dataset_id: str) -> tuple[Row, float | None
     """The answer, when the early one was seen first (if it was), and when the last one was."""
     asked = time.monotonic()
     body = {"dataset_id": dataset_id, "model": str(TINY)}
-    view = _body(client.post("/v1/recommendations", json=body))
+    view = body_of(client.post("/v1/recommendations", json=body))
     first: float | None = None
     while view["status"] not in ("succeeded", "failed", "cancelled"):
-        _pause(asked)
-        view = _body(client.get(f"/v1/recommendations/{view['id']}"))
+        pause(asked)
+        view = body_of(client.get(f"/v1/recommendations/{view['id']}"))
         if first is None and view["recommendation"] is not None and view["provisional"]:
             first = time.monotonic()
     if view["status"] != "succeeded":
@@ -316,7 +317,8 @@ def _recommend(client: httpx.Client, dataset_id: str) -> tuple[Row, float | None
     return view, first, time.monotonic()
 
 
-def _pause(since: float) -> None:
+def pause(since: float) -> None:
+    """Wait a moment, but not for ever."""
     if time.monotonic() - since > TIMEOUT_S:
         raise RuntimeError(f"no answer within {TIMEOUT_S:.0f} s")
     time.sleep(_POLL_S)

@@ -60,8 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=EXAMPLES / "data/truthfulqa-600.jsonl.gz")
     parser.add_argument("--model", default=str(EXAMPLES / "models/tiny-lm"), help="path or hub id")
-    parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--trial-epochs", type=float, default=0.5)
+    parser.add_argument("--shape", default="few", help="of the search: few, lean, usual, wide")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
@@ -219,10 +218,7 @@ def fine_tune(client: httpx.Client, dataset_id: str, options: argparse.Namespace
                 "method": {
                     "type": "auto",
                     "auto": {
-                        "search": {
-                            "max_trials": options.trials,
-                            "trial_epochs": options.trial_epochs,
-                        },
+                        "search": {"shape": options.shape},
                         "hyperparameters": {"n_epochs": options.epochs},
                     },
                 },
