@@ -6,52 +6,93 @@ first trains what the table with several settings lacks; it can be stopped and g
 """
 
 import warnings
+from collections.abc import Sequence
 
 import optuna
 
-from bench import search_report, search_table, selection_cases, selection_report
+from bench import search_fit, search_record, search_report, selection_cases, selection_report
 from bench.options import parse, table_parser
-from bench.search_report import LAWS, Findings
-from bench.search_table import worlds
-from bench.selection import find
-from bench.train_report import Table
+from bench.search_fit import Fitted
+from bench.search_report import LAWS, MIN_DATASETS, Findings
+from bench.search_table import Case, cases, halved, worlds
+from bench.search_ties import named
+from bench.selection import SEEDS, find
+from bench.train_report import Row, Table
 
 REPLICATES = 40
 """Made-up worlds of each law: a minute or two for all."""
 
 
+def comparable(found: Sequence[Case]) -> list[Case]:
+    """The cases with their first settings, as many as at least four datasets have."""
+    if not found:
+        return []
+    ranked = sorted((case.settings for case in found), reverse=True)
+    settings = ranked[min(MIN_DATASETS, len(ranked)) - 1]
+    return [case.first(settings) for case in found if case.settings >= settings]
+
+
+def fitted(found: Sequence[Case], single: Sequence[Row]) -> dict[str, list[Fitted]]:
+    """What short runs of both tables say of whole ones."""
+    budget, rungs = selection_cases.BUDGET, selection_cases.RUNGS
+    fractions = tuple(step / budget["steps"] for step in rungs)
+    halves = [look for case in found for look in search_fit.looks_of_case(case)]
+    seeds = search_fit.looks_of_seeds(single, budget=budget, rungs=rungs)
+    sources = {"`search.jsonl`": (halves, search_fit.FRACTIONS)}
+    sources["`selection.jsonl`"] = (seeds, fractions)
+    return {name: search_fit.fit(looks, at) for name, (looks, at) in sources.items() if looks}
+
+
 def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
     """Replay everything on two tables and on made-up worlds."""
-    with_settings, told = worlds(tuned.rows, budget=search_table.BUDGET, rungs=search_table.RUNGS)
+    with_settings, told = cases(tuned.rows)
+    found = comparable(with_settings)
     with_one, also = worlds(single.rows, budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS)
     return Findings(
-        tuned=search_report.on_recorded([w for w in with_settings if len(w.grid) > 1]),
+        tuned=search_report.on_recorded(halved(found)),
         single=search_report.on_recorded(with_one),
         told=[*told, *also],
         made_up={
             name: search_report.on_made_up(law, replicates=replicates) for name, law in LAWS.items()
         },
         replicates=replicates,
+        settings=found[0].settings if found else 0,
+        names=[named(case) for case in found],
+        fitted=fitted(found, single.rows),
     )
 
 
 def main() -> None:
-    parser = table_parser(__doc__, table=search_table.TABLE)
+    parser = table_parser(__doc__, table=search_record.TABLE)
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        choices=SEEDS,
+        help="with --full: record these only, and report nothing; processes that each record "
+        "their own may fill one table together",
+    )
     parser.add_argument(
         "--replicates", type=int, default=REPLICATES, help="made-up worlds of each law"
     )
     options = parse(parser)
     if options.replicates < 1:
         parser.error(f"--replicates {options.replicates}: expected 1 or more made-up worlds")
-    table = Table(options.table)
+    if options.seeds and not options.full:
+        parser.error("--seeds is of what is measured: add --full")
     if options.full:
-        search_table.fill(table, find(options.data, options.datasets), limit=options.limit)
+        sources = find(options.data, options.datasets or search_record.DATASETS)
+        seeds = options.seeds or SEEDS
+        search_record.fill(options.table, sources, seeds=seeds, limit=options.limit)
+    if options.seeds:
+        return
     # Optuna says every trial, and that its own pruners are experimental.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    tables = Table(options.table), Table(selection_report.TABLE)
     search_report.report(
-        findings(table, Table(selection_report.TABLE), replicates=options.replicates),
-        publish=options.table == search_table.TABLE,
+        findings(*tables, replicates=options.replicates),
+        publish=options.table == search_record.TABLE,
     )
 
 

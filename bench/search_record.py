@@ -198,10 +198,9 @@ def opened(policy: Policy, source: Source, scratch: Path) -> OpenCase:
     return replace(case, plan=plan)
 
 
-def fill(
-    table: Table, path: Path, sources: Sequence[Source], *, seeds: Sequence[int], limit: int | None
-) -> None:
+def fill(path: Path, sources: Sequence[Source], *, seeds: Sequence[int], limit: int | None) -> None:
     """Measure what the table lacks, or so many runs of it; it says first how long that takes."""
+    table = Table(path)
     todos = missing(table, sources, seeds)
     if not todos:
         print("nothing is missing", flush=True)

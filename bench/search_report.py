@@ -3,14 +3,17 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from bench import search_fit, search_ties
 from bench.report import ROOT, publish_block
+from bench.search_fit import Fitted
 from bench.search_strategies import STRATEGIES, Pick, grid
+from bench.search_ties import Names
 from bench.search_world import Law, World, made_up
 from core.profile import Estimate
 from worker.training.evaluate import bootstrap_mean
@@ -157,14 +160,18 @@ def lead(found: Sequence[Outcome], rival: str) -> Estimate:
 # --------------------------------------------------------------------- goals
 
 
-def goals(tuned: Sequence[Outcome], single: Sequence[Outcome]) -> list[Row]:
-    """The goals of the search on recorded tables: `tuned` with settings, `single` with one.
+def goals(
+    tuned: Sequence[Outcome], single: Sequence[Outcome], *, settings: int = TUNED
+) -> list[Row]:
+    """The goals of the search on recorded tables: `tuned` with `settings`, `single` with one.
 
-    Null and not met where fewer than four datasets are recorded: made-up worlds are no evidence.
+    Null and not met where fewer than four datasets are recorded: made-up worlds are no evidence. A
+    grid of fewer than four settings is no tuned grid.
     """
     tuned = tuned if _enough(tuned) else []
     single = single if _enough(single) else []
-    mine = next((line for line in lines(tuned) if line.strategy == OURS), None)
+    whole = tuned if settings >= TUNED else []
+    mine = next((line for line in lines(whole) if line.strategy == OURS), None)
     cheap = mine is not None and mine.share <= SHARE
     points = None if mine is None else mine.points
     tail = None if mine is None else mine.p90
@@ -249,21 +256,33 @@ def goal_table(found: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """All replays: on the table with settings, on that with one, and on made-up worlds by law."""
+    """All replays: on the table with `settings`, on that with one, and on made-up worlds by law.
+
+    `names` are A/A tests by dataset, `fitted` what rungs of the tables say of whole runs.
+    """
 
     tuned: Sequence[Outcome]
     single: Sequence[Outcome]
     told: Sequence[str]
     made_up: dict[str, Sequence[Outcome]]
     replicates: int
+    settings: int = 0
+    names: Sequence[Names] = ()
+    fitted: Mapping[str, Sequence[Fitted]] = field(default_factory=dict)
+
+    @property
+    def goals(self) -> list[Row]:
+        """What the search has to show, and whether it does."""
+        own = goals(self.tuned, self.single, settings=self.settings)
+        return [*own, search_ties.goal(self.names)]
 
 
 def block(found: Findings) -> str:
     """The block of the page, markers included."""
-    parts = [BEGIN, goal_table(goals(found.tuned, found.single))]
+    parts = [BEGIN, goal_table(found.goals)]
     for title, outcomes_of, lacking in (
-        ("Pairs with several settings (`bench/tables/search.jsonl`)", found.tuned,
-         "Nothing is recorded yet: `FULL=1 make bench-search` (hours)."),
+        (f"Pairs at {found.settings} settings (`bench/tables/search.jsonl`)", found.tuned,
+         "Nothing is whole yet: `FULL=1 make bench-search` (hours)."),
         ("Pairs at one setting (`bench/tables/selection.jsonl`)", found.single,
          "Nothing whole is recorded yet: `FULL=1 make bench-selection`."),
     ):  # fmt: skip
@@ -271,6 +290,10 @@ def block(found: Findings) -> str:
         number = len({outcome.data for outcome in outcomes_of})
         parts.append(f"{number} datasets.\n\n{_table(outcomes_of)}" if outcomes_of else lacking)
     parts += found.told
+    if found.names:
+        parts += ["**One configuration under two names.**", search_ties.names_table(found.names)]
+    for title, fitted in found.fitted.items():
+        parts += [f"**What short runs say: {title}.**", search_fit.fitted_table(fitted)]
     for law, outcomes_of in found.made_up.items():
         parts.append(f"**Made-up worlds, {found.replicates} of them: {law}.**")
         parts.append(_table(outcomes_of))
@@ -279,7 +302,7 @@ def block(found: Findings) -> str:
 
 def report(found: Findings, *, publish: bool) -> None:
     """Print the block and the summary, the last line; publish both where that is asked."""
-    text, said = block(found), goals(found.tuned, found.single)
+    text, said = block(found), found.goals
     print(text)
     if publish:
         publish_block(PAGE, text)
@@ -287,7 +310,12 @@ def report(found: Findings, *, publish: bool) -> None:
         summary = {
             "goals": said,
             "share_of_grid": SHARE,
+            "settings": found.settings,
             "made_up_worlds_of_each_law": found.replicates,
+            "two_names": [asdict(each) for each in found.names],
+            "short_runs": {
+                title: [_fitted_row(each) for each in of] for title, of in found.fitted.items()
+            },
             "sources": {
                 name: [_as_row(line) for line in lines(of)] for name, of in sources.items()
             },
@@ -296,6 +324,16 @@ def report(found: Findings, *, publish: bool) -> None:
             json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     print(json.dumps({"goals": said}, ensure_ascii=False))
+
+
+def _fitted_row(each: Fitted) -> Row:
+    return {
+        "fraction": each.fraction,
+        "signal": None if each.signal is None else each.signal.model_dump(),
+        "correlation": None if each.correlation is None else each.correlation.model_dump(),
+        "assumed_signal": each.assumed_signal,
+        "assumed_correlation": each.assumed_correlation,
+    }
 
 
 def _as_row(line: Line) -> Row:

@@ -18,10 +18,12 @@ from bench.search_world import World
 from core.lifecycle import EndedBy
 from selection.draws import REACH, RECOMMENDED, Setting
 from selection.quote import plan_search
-from selection.rungs import answer, decide
-from selection.study import Budget, Ended, Plan, Running, Start, Study
+from selection.rungs import Answer, answer, decide
+from selection.study import Budget, Ended, Plan, Running, Start, Study, Trial
+from selection.winner import FinishedTrial, select_winner
 
 _CONTINUOUS = ("learning_rate", "beta", "gamma", "alpha")
+_ETA = 3
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,35 @@ def _ended(world: World, start: Start) -> Ended:
 
 
 def ours(world: World, budget: float, seed: int) -> Pick:
-    """Our search with one worker, in the shape that the budget pays."""
+    """Our search with one worker, in the shape that the budget pays, and whom it lets win."""
     plan = plan_of(world, budget=budget, seed=seed)
     done = replay(world, plan)
-    trial = answer(plan, done.study).trial
+    found = answer(plan, done.study)
+    trial = _winner(world, found) or found.trial
     return Pick(trial.arm, trial.setting, done.study.spent_seconds)
+
+
+def _winner(world: World, found: Answer) -> Trial | None:
+    """Whom a job chooses of the trials that came furthest; None where no losses are recorded."""
+    if world.losses is None or world.group is None or found.rung is None:
+        return None
+    trials = [ended.task.trial for ended in found.compared]
+    losses = [world.losses(trial.arm, trial.setting, found.rung) for trial in trials]
+    results = [
+        FinishedTrial(
+            number=number,
+            label=trials[number].arm,
+            log_loss=float(seen.mean()),
+            drift=found.compared[number].drift,
+            feasible=True,
+            losses=seen[None],
+        )
+        for number, seen in enumerate(losses)
+        if seen is not None
+    ]
+    pairs = min(seen.size for seen in losses if seen is not None)
+    winner = select_winner(results, world.group[:pairs]).winner
+    return None if winner is None else trials[winner]
 
 
 # --------------------------------------------------------------------- plain
@@ -199,6 +225,8 @@ def _optuna(world: World, budget: float, sampler: BaseSampler, pruner: BasePrune
 
     Trials report at every rung and are pruned when Optuna says so; one that the budget does not
     hold ends the study. Its best complete trial counts, else the best of those that came furthest.
+    Rung k is reported as 3^k: its halving pruners decide at powers of 3 and would pass over rungs
+    that lie between.
     """
     # HyperbandPruner draws brackets from the name, which would be a new one every time.
     study = optuna.create_study(sampler=sampler, pruner=pruner, study_name=world.name)
@@ -223,7 +251,7 @@ def _optuna(world: World, budget: float, sampler: BaseSampler, pruner: BasePrune
             at = step
             value = world.show(name, setting, rung, 0).log_loss
             seen.append((rung, value, name, setting))
-            trial.report(value, step)
+            trial.report(value, _ETA**rung)
             if rung < len(world.rungs) - 1 and trial.should_prune():
                 state = optuna.trial.TrialState.PRUNED
                 break
@@ -251,15 +279,14 @@ def tpe(world: World, budget: float, seed: int) -> Pick:
 
 def asha(world: World, budget: float, seed: int) -> Pick:
     """Optuna's SuccessiveHalvingPruner (asynchronous) over random trials, from the first rung."""
-    pruner = SuccessiveHalvingPruner(min_resource=world.rungs[0], reduction_factor=3)
+    pruner = SuccessiveHalvingPruner(min_resource=1, reduction_factor=_ETA)
     return _optuna(world, budget, RandomSampler(seed=seed), pruner)
 
 
 def hyperband(world: World, budget: float, seed: int) -> Pick:
     """Optuna's HyperbandPruner over TPE, from the first rung to full length."""
-    pruner = HyperbandPruner(
-        min_resource=world.rungs[0], max_resource=world.whole, reduction_factor=3
-    )
+    last = len(world.rungs) - 1
+    pruner = HyperbandPruner(min_resource=1, max_resource=_ETA**last, reduction_factor=_ETA)
     return _optuna(world, budget, TPESampler(seed=seed), pruner)
 
 

@@ -1,165 +1,259 @@
-"""The tables that searches are replayed on, and the runs that the second one still lacks.
+"""The recorded tables that searches are replayed on, as worlds.
 
-`bench/tables/selection.jsonl` (bench.selection) has every pair at one setting. The second table,
-`bench/tables/search.jsonl`, has every pair at the settings below, over finer rungs: what a search
-that tunes needs. Both are runs of the shipped model that take seconds.
+`bench/tables/selection.jsonl` (bench.selection) has every pair at one setting, each seed on a split
+of its own: a search sees one seed and is judged by the others. `bench/tables/search.jsonl`
+(bench.search_record) has every pair at several settings and two seeds on one split: a search sees
+one seed on one half of the validation prompts and is judged by the other seed on the other half.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from bench import selection_cases
-from bench.report import ROOT
-from bench.search_world import Shown, World, Worth, arms_of
-from bench.selection import SEEDS, Source, fill_all
-from bench.selection_cases import PAIRS, PLAIN, OpenCase, metrics_version, objectives
-from bench.train_report import Table
+from bench.search_record import BUDGET, RUNGS, SETTINGS
+from bench.search_world import Floats, Ints, Shown, World, Worth, arms_of
+from bench.selection_cases import PAIRS, PLAIN
 from core.profile import DatasetProfile
-from core.run_spec import CandidateSpec
-from selection.draws import RECOMMENDED, Setting, candidate_at
+from selection.draws import RECOMMENDED, Setting
 from selection.recommender import recommend
-
-TABLE = ROOT / "bench" / "tables" / "search.jsonl"
-STEPS = 60
-RUNGS = (2, 6, 18)
-SETTINGS = (
-    RECOMMENDED,
-    Setting(learning_rate=2.0, beta=2.0, gamma=0.5, alpha=0.5),
-    Setting(learning_rate=0.5, beta=0.5, gamma=2.0, alpha=2.0),
-    Setting(learning_rate=2.0, beta=0.5, gamma=0.5, alpha=2.0),
-    Setting(learning_rate=0.5, beta=2.0, gamma=2.0, alpha=0.5),
-    Setting(learning_rate=2.0),
-)
-"""Factors on the recommended values, the same for every pair."""
-BUDGET: dict[str, Any] = selection_cases.BUDGET | {"steps": STEPS, "warmup_steps": 1}
-"""What every run has; the warm-up is one step, so that no rung lies within it."""
-LEAST_SETTINGS = 2
+from worker.training.evaluate import Measured, TrialScore, trial_score
 
 Row = dict[str, Any]
 Key = tuple[str, str]
+Place = tuple[str, int, int]
+"""An arm, the number of a setting, a seed."""
 
-
-# ------------------------------------------------------------------ recording
+HALVES = (0, 1)
+NO_TRAINING = Worth(math.log(2.0), 0.5)
+"""What a run that broke down is worth."""
 
 
 @dataclass(frozen=True)
-class Todo:
-    """Runs that are missing of one dataset, seed and setting."""
-
-    source: Source
-    seed: int
-    setting: int
-    runs: tuple[str, ...]
-    profile: bool
-
-
-def missing(table: Table, sources: Sequence[Source]) -> list[Todo]:
-    """All that the table lacks: one setting after another, so that a part of it is of use."""
-    found = []
-    for setting in range(len(SETTINGS)):
-        for seed in SEEDS:
-            for source in sources:
-                at = {"data": source.name, "sha256": source.sha256, "seed": seed, "budget": BUDGET}
-                runs = tuple(
-                    name
-                    for name in (PLAIN, *PAIRS)
-                    if not table.has(kind="run", **at, pair=name, setting=setting)
-                )
-                profile = setting == 0 and not table.has(
-                    kind="case", **at, metrics=metrics_version()
-                )
-                if runs or profile:
-                    found.append(Todo(source, seed, setting, runs, profile))
-    return found
-
-
-def measured(case: OpenCase, todo: Todo) -> Iterator[Row]:
-    """Rows of what is missing, the profile first."""
-    source = todo.source
-    at = {"data": source.name, "sha256": source.sha256, "seed": todo.seed, "budget": BUDGET}
-    if todo.profile:
-        profile = case.profile().model_dump(mode="json")
-        yield {"kind": "case", **at, "metrics": metrics_version(), **case.about, "profile": profile}
-    specs = objectives()
-    short = replace(case.plan, warmup_steps=BUDGET["warmup_steps"])
-    for name in todo.runs:
-        centre = CandidateSpec(objective=specs[name], learning_rate=short.learning_rate)
-        candidate = candidate_at(centre, SETTINGS[todo.setting])
-        tuned = replace(case, plan=replace(short, learning_rate=candidate.learning_rate))
-        found = tuned.run(candidate.objective, at=RUNGS)
-        yield {
-            "kind": "run", **at, "pair": name, "setting": todo.setting,
-            "factors": SETTINGS[todo.setting].point[:4], **found,
-        }  # fmt: skip
-
-
-def expected_seconds(kept: Table) -> float | None:
-    """What a run is likely to take, by this table, else by the shorter runs of the other one."""
-    own = [row["seconds"] for row in kept.rows if row.get("kind") == "run"]
-    if own:
-        return fmean(own)
-    other = Table(ROOT / "bench" / "tables" / "selection.jsonl")
-    short = [row["seconds"] for row in other.rows if row.get("kind") == "run"]
-    return fmean(short) * STEPS / selection_cases.BUDGET["steps"] if short else None
-
-
-def fill(table: Table, sources: Sequence[Source], *, limit: int | None) -> None:
-    """Measure what the table lacks, or so many runs of it; it says first how long that takes."""
-    todos = missing(table, sources)
-    if not todos:
-        print("nothing is missing", flush=True)
-        return
-    total = sum(len(todo.runs) for todo in todos)
-    each, number = expected_seconds(table), min(total, limit or total)
-    says = "as long as the first will show" if each is None else f"{number * each / 60:.0f} minutes"
-    print(f"{total} runs are missing; {number} of them will take about {says}", flush=True)
-    fill_all(table, todos, measured, steps=STEPS, limit=limit)
-
-
-# -------------------------------------------------------------------- reading
-
-
 class _Recorded:
-    """The runs of one dataset: what each shows at a rung, and what it is worth at other seeds."""
+    """What trials show at rungs, by (arm, setting, rung), and what they are worth."""
 
-    def __init__(self, rows: Sequence[Row], steps: Sequence[int], *, sees: int) -> None:
-        self._steps = steps
-        self._sees = sees
-        self._rows = {(row["pair"], row.get("setting", 0), row["seed"]): row for row in rows}
-        self._hidden = sorted({row["seed"] for row in rows} - {sees})
+    settings: Sequence[Setting]
+    shown: dict[tuple[str, int, int], Shown]
+    worths: dict[tuple[str, int], Worth]
+    pairs: dict[tuple[str, int, int], Floats] = field(default_factory=dict)
 
     def show(self, arm: str, setting: Setting, rung: int, repeat: int) -> Shown:
         assert repeat == 0, "a recorded table has one seed to see"
-        row = self._rows[arm, SETTINGS.index(setting), self._sees]
-        last = rung == len(self._steps) - 1
-        found = row if last else row["rungs"].get(str(self._steps[rung]), {})
-        if (last and row["losses"] is None) or "log_loss" not in found:
-            return Shown(math.inf)
-        return Shown(found["log_loss"], found["drift"])
+        return self.shown[arm, self.settings.index(setting), rung]
 
     def worth(self, arm: str, setting: Setting) -> Worth:
-        """A run that broke down is worth what no training is: ln 2 and one half."""
-        rows = [self._rows[arm, SETTINGS.index(setting), seed] for seed in self._hidden]
-        return Worth(
-            fmean(math.log(2.0) if row["losses"] is None else row["log_loss"] for row in rows),
-            fmean(0.5 if row["losses"] is None else row["accuracy"] for row in rows),
-        )
+        return self.worths[arm, self.settings.index(setting)]
+
+    def losses(self, arm: str, setting: Setting, rung: int) -> Floats | None:
+        return self.pairs.get((arm, self.settings.index(setting), rung))
+
+    def world(
+        self,
+        name: str,
+        *,
+        data: str,
+        scores: dict[str, float],
+        steps: Sequence[int],
+        group: Ints | None = None,
+    ) -> World:
+        """A step costs the same for every pair: seconds on a busy machine say little of them."""
+        return World(
+            name=name, data=data, arms=arms_of(scores), rungs=tuple(steps),
+            grid=tuple(self.settings), pool=tuple(self.settings), repeats=0, show=self.show,
+            worth=self.worth, losses=None if group is None else self.losses, group=group,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------- a split for each seed
 
 
 def worlds(
     rows: Sequence[Row], *, budget: Row, rungs: Sequence[int]
 ) -> tuple[list[World], list[str]]:
-    """Every dataset and seed that can be searched, and sentences about those that cannot.
+    """Every dataset and seed of a table with one setting, and sentences about what is lacking."""
+    runs, profiles = _by_key(rows, budget)
+    found: list[World] = []
+    told: list[str] = []
+    for key in sorted(runs):
+        seeds = sorted({row["seed"] for row in runs[key]})
+        if not _whole_settings(runs[key]) or len(seeds) < 2:
+            told.append(f"{key[0]}: not all pairs are measured at two seeds.")
+            continue
+        for seed in seeds:
+            scores = _scores(profiles.get((key, seed)))
+            if scores is None:
+                told.append(
+                    f"{key[0]}, seed {seed}: the metrics are missing, or too old to be read."
+                )
+                continue
+            steps = (*rungs, budget["steps"])
+            recorded = _by_seed(runs[key], steps, sees=seed)
+            found.append(
+                recorded.world(f"{key[0]}, seed {seed}", data=key[0], scores=scores, steps=steps)
+            )
+    return found, told
 
-    The search sees one seed and is judged by the others. Settings count up to the first that is
-    not whole.
+
+def _by_seed(rows: Sequence[Row], steps: Sequence[int], *, sees: int) -> _Recorded:
+    shown: dict[tuple[str, int, int], Shown] = {}
+    hidden: dict[tuple[str, int], list[Worth]] = defaultdict(list)
+    for row in rows:
+        broke = row["losses"] is None
+        if row["seed"] != sees:
+            worth = NO_TRAINING if broke else Worth(row["log_loss"], row["accuracy"])
+            hidden[row["pair"], 0].append(worth)
+            continue
+        for rung, step in enumerate(steps):
+            last = step == steps[-1]
+            found = row if last else row["rungs"].get(str(step), {})
+            missing = (last and broke) or "log_loss" not in found
+            shown[row["pair"], 0, rung] = (
+                Shown(math.inf) if missing else Shown(found["log_loss"], found["drift"])
+            )
+    worths = {place: _mean(found) for place, found in hidden.items()}
+    return _Recorded((RECOMMENDED,), shown, worths)
+
+
+# ------------------------------------------------------ one split, two halves
+
+
+@dataclass(frozen=True)
+class Case:
+    """The runs of one dataset at whole settings, by (arm, setting, seed).
+
+    `group` (pairs,) numbers the prompts of the validation pairs; `scores` are the recommender's.
     """
+
+    data: str
+    settings: int
+    seeds: tuple[int, ...]
+    scores: dict[str, float]
+    group: Ints
+    runs: dict[Place, Row]
+
+    def first(self, settings: int) -> "Case":
+        """The same with its first so many settings."""
+        kept = {place: row for place, row in self.runs.items() if place[1] < settings}
+        return replace(self, settings=settings, runs=kept)
+
+    @property
+    def half(self) -> Ints:
+        """Which half of the prompts a pair belongs to, (pairs,); each has both folds."""
+        found: Ints = self.group // 2 % 2
+        return found
+
+    def at(self, place: Place, rung: int) -> Row:
+        """What was kept of a run at a rung, the last one its end."""
+        row = self.runs[place]
+        return row if rung == len(RUNGS) else row["rungs"].get(str(RUNGS[rung]), {})
+
+    def scored(self, place: Place, rung: int, *, half: int | None = None) -> TrialScore | None:
+        """Its score on a half of the prompts, or on all; None of a run that broke down.
+
+        The temperature is fitted within what is scored: nothing is known of the other half.
+        """
+        kept = self.at(place, rung)
+        if kept.get("log_loss") is None:
+            return None
+        margins = np.array(kept["margins"], dtype=np.float64)
+        group, half_of = self.group[: margins.size], self.half[: margins.size]
+        where = np.ones(margins.size, dtype=bool) if half is None else half_of == half
+        return trial_score(_measured(margins[where], group[where], drift=kept["drift"]))
+
+    def seen_group(self, half: int) -> Ints:
+        """Prompts of the pairs that a search sees, at the end."""
+        found: Ints = self.group[self.half == half]
+        return found
+
+
+def _measured(margins: Floats, group: Ints, *, drift: float) -> Measured:
+    """Margins as something that can be scored; a mean token divergence of `drift`."""
+    ones = np.ones_like(margins)
+    return Measured(
+        chosen=margins, rejected=0.0 * ones, chosen_tokens=ones, rejected_tokens=0.0 * ones,
+        kl_sum=drift * ones, group=group,
+    )  # fmt: skip
+
+
+def cases(rows: Sequence[Row]) -> tuple[list[Case], list[str]]:
+    """Every dataset that has at least one whole setting, and sentences about the others."""
+    runs, profiles = _by_key(rows, BUDGET)
+    found: list[Case] = []
+    told: list[str] = []
+    for key in sorted(runs):
+        settings = _whole_settings(runs[key])
+        seeds = tuple(sorted({row["seed"] for row in runs[key]}))
+        if not settings or len(seeds) < 2:
+            told.append(f"{key[0]}: not all pairs are measured at two seeds.")
+            continue
+        about = profiles.get((key, seeds[0]))
+        scores = _scores(about)
+        if about is None or scores is None:
+            told.append(f"{key[0]}: the metrics are missing, or too old to be read.")
+            continue
+        found.append(
+            Case(
+                data=key[0], settings=settings, seeds=seeds, scores=scores,
+                group=np.array(about["group"]),
+                runs={
+                    (row["pair"], row["setting"], row["seed"]): row
+                    for row in runs[key]
+                    if row["setting"] < settings
+                },
+            )
+        )  # fmt: skip
+    return found, told
+
+
+def halved(found: Sequence[Case]) -> list[World]:
+    """Of every case a world for each seed and half that a search may see."""
+    return [
+        _world_of(case, sees=seed, half=half)
+        for case in found
+        for seed in case.seeds
+        for half in HALVES
+    ]
+
+
+def _world_of(case: Case, *, sees: int, half: int) -> World:
+    shown: dict[tuple[str, int, int], Shown] = {}
+    pairs: dict[tuple[str, int, int], Floats] = {}
+    hidden: dict[tuple[str, int], list[Worth]] = defaultdict(list)
+    for arm, setting, seed in case.runs:
+        if seed != sees:
+            other = case.scored((arm, setting, seed), len(RUNGS), half=1 - half)
+            worth = NO_TRAINING if other is None else Worth(other.log_loss, other.accuracy)
+            hidden[arm, setting].append(worth)
+            continue
+        for rung in range(len(RUNGS) + 1):
+            score = case.scored((arm, setting, seed), rung, half=half)
+            shown[arm, setting, rung] = (
+                Shown(math.inf) if score is None else Shown(score.log_loss, score.drift)
+            )
+            if score is not None:
+                pairs[arm, setting, rung] = score.losses
+    worths = {place: _mean(found) for place, found in hidden.items()}
+    recorded = _Recorded(SETTINGS[: case.settings], shown, worths, pairs)
+    return recorded.world(
+        f"{case.data}, seed {sees}, half {half}", data=case.data, scores=case.scores,
+        steps=(*RUNGS, BUDGET["steps"]), group=case.seen_group(half),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ of a table
+
+
+def _by_key(
+    rows: Iterable[Row], budget: Row
+) -> tuple[dict[Key, list[Row]], dict[tuple[Key, int], Row]]:
+    """Runs by dataset, and the newest profile by dataset and seed."""
     runs: dict[Key, list[Row]] = defaultdict(list)
     profiles: dict[tuple[Key, int], Row] = {}
     for row in rows:
@@ -170,24 +264,7 @@ def worlds(
             runs[key].append(row)
         elif row["kind"] == "case":
             profiles[key, row["seed"]] = row
-    found: list[World] = []
-    told: list[str] = []
-    for key in sorted(runs):
-        settings = _whole_settings(runs[key])
-        seeds = sorted({row["seed"] for row in runs[key]})
-        if not settings or len(seeds) < 2:
-            told.append(f"{key[0]}: not all pairs are measured at two seeds.")
-            continue
-        for seed in seeds:
-            if (scores := _scores(profiles.get((key, seed)))) is None:
-                told.append(
-                    f"{key[0]}, seed {seed}: the metrics are missing, or too old to be read."
-                )
-                continue
-            found.append(
-                _world(key[0], runs[key], scores, seed, settings, (*rungs, budget["steps"]))
-            )
-    return found, told
+    return runs, profiles
 
 
 def _whole_settings(rows: Sequence[Row]) -> int:
@@ -212,18 +289,5 @@ def _scores(about: Row | None) -> dict[str, float] | None:
     return {selection_cases.pair_name(p.kernel, p.divergence): p.score.value for p in ranking}
 
 
-def _world(
-    data: str,
-    rows: Sequence[Row],
-    scores: dict[str, float],
-    seed: int,
-    settings: int,
-    steps: Sequence[int],
-) -> World:
-    recorded = _Recorded(rows, steps, sees=seed)
-    # A step costs the same for every pair: seconds of runs on a busy machine say little of them.
-    return World(
-        name=f"{data}, seed {seed}", data=data, arms=arms_of(scores), rungs=tuple(steps),
-        grid=SETTINGS[:settings], pool=SETTINGS[:settings], repeats=0, show=recorded.show,
-        worth=recorded.worth,
-    )  # fmt: skip
+def _mean(found: Sequence[Worth]) -> Worth:
+    return Worth(fmean(w.log_loss for w in found), fmean(w.accuracy for w in found))

@@ -19,6 +19,7 @@ from selection.draws import RECOMMENDED, Setting
 from selection.study import Arm
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 GRID = (
     RECOMMENDED,
@@ -49,7 +50,9 @@ class Worth:
 class World:
     """One dataset and seed to search on. `rungs` in steps; `pool`: the only settings there are.
 
-    `show(arm, setting, rung, repeat)`; `repeats` counts second seeds that can be seen.
+    `show(arm, setting, rung, repeat)`; `repeats` counts second seeds that can be seen. Where they
+    are recorded, `losses(arm, setting, rung)` are those of the validation pairs that a search sees,
+    (pairs,), of the prompts `group`; None of a run that broke down.
     """
 
     name: str
@@ -61,6 +64,8 @@ class World:
     repeats: int
     show: Callable[[str, Setting, int, int], Shown]
     worth: Callable[[str, Setting], Worth]
+    losses: Callable[[str, Setting, int], Floats | None] | None = None
+    group: Ints | None = None
 
     @property
     def whole(self) -> int:

@@ -1,9 +1,10 @@
 """Replays: worlds, strategies on them, what a table lacks and what is said of it."""
 
-import json
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,34 @@ import numpy as np
 import optuna
 import pytest
 
-from bench import search_report, search_table
+from bench import search_report, selection_cases
+from bench.search import comparable
+from bench.search_fit import Looks, fit, fitted_table, looks_of_case, looks_of_seeds
+from bench.search_record import (
+    BUDGET,
+    RUNG_PAIRS,
+    RUNGS,
+    SETTINGS,
+    VALIDATION_PAIRS,
+    append,
+    missing,
+)
 from bench.search_report import Findings, Outcome, block, goals, lead, lines, outcomes
 from bench.search_strategies import STRATEGIES, grid, ours, plan_of, random_full, replay
-from bench.search_table import BUDGET, RUNGS, SETTINGS, missing, worlds
+from bench.search_table import NO_TRAINING, cases, halved, worlds
+from bench.search_ties import goal, named, names_table
 from bench.search_world import GRID, Law, World, made_up
 from bench.selection import Source
 from bench.selection_cases import PAIRS, PLAIN
 from bench.train_report import Table
 from core.run_spec import CandidateSpec
-from selection.draws import RECOMMENDED, candidate_at
+from selection.draws import RECOMMENDED, Setting, candidate_at
 from selection.quote import quote
 from selection.rungs import answer
 from selection.space import SearchSpace
 from selection.study import Study
 from tests.unit.selection.samples import profile
+from worker.training.evaluate import Measured, TrialScore, trial_score
 
 SOURCE = Source("made-up", Path("made-up.jsonl"), "0")
 
@@ -119,90 +133,283 @@ def test_the_search_is_as_good_as_it_was_in_made_up_worlds() -> None:
 
 # -------------------------------------------------------------------- tables
 
+GROUP = np.arange(VALIDATION_PAIRS) // 2
 
-def run(pair: str, setting: int, seed: int, **changed: Any) -> dict[str, Any]:
+
+def about(kind: str, seed: int, budget: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": kind, "data": "made-up", "sha256": "0", "seed": seed, "budget": budget}
+
+
+def case_row(seed: int, budget: dict[str, Any]) -> dict[str, Any]:
+    measured = {"metrics": "0", "group": GROUP.tolist()}
+    return about("case", seed, budget) | measured | {"profile": profile().model_dump(mode="json")}
+
+
+def one_setting(pair: str, seed: int) -> dict[str, Any]:
     """A row; the pair's place among the pairs is how good it is, at the other seed a bit less."""
-    worth = 0.69 - 0.001 * ([PLAIN, *PAIRS].index(pair) + setting) + 0.0001 * seed
-    rungs = {str(step): {"log_loss": worth + 0.01, "accuracy": 0.5, "drift": 0.1} for step in RUNGS}
-    return {
-        "kind": "run", "data": "made-up", "sha256": "0", "seed": seed, "budget": BUDGET,
-        "pair": pair, "setting": setting, "ended_by": "budget", "losses": [worth],
-        "log_loss": worth, "accuracy": 0.6 + seed, "drift": 0.2, "rungs": rungs, "seconds": 2.0,
-    } | changed  # fmt: skip
+    worth = 0.69 - 0.001 * [PLAIN, *PAIRS].index(pair) + 0.0001 * seed
+    rungs = {
+        str(step): {"log_loss": worth + 0.01, "accuracy": 0.5, "drift": 0.1}
+        for step in selection_cases.RUNGS
+    }
+    return about("run", seed, selection_cases.BUDGET) | {
+        "pair": pair, "ended_by": "budget", "losses": [worth], "log_loss": worth,
+        "accuracy": 0.6 + 0.1 * seed, "drift": 0.2, "rungs": rungs, "seconds": 2.0,
+    }  # fmt: skip
 
 
-def case(seed: int) -> dict[str, Any]:
-    about = profile()
-    return {
-        "kind": "case", "data": "made-up", "sha256": "0", "seed": seed, "budget": BUDGET,
-        "metrics": "0", "profile": about.model_dump(mode="json"),
+def table_of_one() -> list[dict[str, Any]]:
+    budget = selection_cases.BUDGET
+    runs = [one_setting(pair, seed) for seed in (0, 1) for pair in (PLAIN, *PAIRS)]
+    return [case_row(0, budget), case_row(1, budget), *runs]
+
+
+def of_seeds(rows: list[dict[str, Any]]) -> tuple[list[World], list[str]]:
+    return worlds(rows, budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS)
+
+
+def margins(good: float, seed: int) -> list[float]:
+    """Margins of mean `good`; prompts of the first half of quarters have wider ones."""
+    rng = np.random.default_rng(seed)
+    wide = np.where(GROUP // 2 % 2 == 0, 2.0, 1.0)
+    return list(np.round(good + wide * rng.normal(size=VALIDATION_PAIRS), 4))
+
+
+def several(pair: str, setting: int, seed: int) -> dict[str, Any]:
+    """A row with margins; later pairs and settings are better, and more so at the end."""
+    place = [PLAIN, *PAIRS].index(pair)
+    good = 0.02 * place + 0.05 * setting
+    noise = 1000 * seed + 10 * setting + 100_000 * place
+    rungs = {
+        str(step): {
+            "log_loss": 0.69,
+            "drift": 0.1,
+            "margins": margins(good / 2, noise)[:RUNG_PAIRS],
+        }
+        for step in RUNGS
+    }
+    return about("run", seed, BUDGET) | {
+        "pair": pair, "setting": setting, "ended_by": "budget", "log_loss": 0.68, "drift": 0.2,
+        "margins": margins(good, noise), "rungs": rungs, "seconds": 2.0,
     }  # fmt: skip
 
 
 def table_of(settings: int) -> list[dict[str, Any]]:
     runs = [
-        run(pair, k, seed) for k in range(settings) for seed in (0, 1) for pair in (PLAIN, *PAIRS)
+        several(pair, k, seed)
+        for k in range(settings)
+        for seed in (0, 1)
+        for pair in (PLAIN, *PAIRS)
     ]
-    return [case(0), case(1), *runs]
+    return [case_row(0, BUDGET), *runs]
 
 
-def test_a_search_sees_one_seed_and_is_judged_by_the_other() -> None:
-    found, told = worlds(table_of(3), budget=BUDGET, rungs=RUNGS)
+def test_with_one_setting_a_search_sees_one_seed_and_is_judged_by_the_other() -> None:
+    found, told = of_seeds(table_of_one())
     assert told == []
     assert [w.name for w in found] == ["made-up, seed 0", "made-up, seed 1"]
     world = found[0]
-    assert world.rungs == (*RUNGS, BUDGET["steps"])
-    assert world.pool == world.grid == SETTINGS[:3]
-    assert world.show(PAIRS[4], SETTINGS[2], 3, 0).log_loss == pytest.approx(0.683)
-    assert world.show(PAIRS[4], SETTINGS[2], 0, 0).log_loss == pytest.approx(0.693)
-    assert world.worth(PAIRS[4], SETTINGS[2]).log_loss == pytest.approx(0.6831)
-    assert world.worth(PAIRS[4], SETTINGS[2]).accuracy == 1.6
+    assert world.rungs == (*selection_cases.RUNGS, selection_cases.BUDGET["steps"])
+    assert world.pool == world.grid == (RECOMMENDED,)
+    assert world.show(PAIRS[4], RECOMMENDED, 2, 0).log_loss == pytest.approx(0.685)
+    assert world.show(PAIRS[4], RECOMMENDED, 0, 0).log_loss == pytest.approx(0.695)
+    assert world.worth(PAIRS[4], RECOMMENDED).log_loss == pytest.approx(0.6851)
+    assert world.worth(PAIRS[4], RECOMMENDED).accuracy == pytest.approx(0.7)
     pick = ours(world, 8.0, 0)
-    assert pick.setting in world.pool
     assert world.worth(pick.arm, pick.setting).log_loss < world.worth(PLAIN, RECOMMENDED).log_loss
 
 
-def test_a_run_that_broke_down_is_worth_no_training() -> None:
-    rows = [
-        row | {"losses": None, "rungs": {}} if row.get("pair") == PAIRS[0] else row
-        for row in table_of(1)
+def test_with_settings_a_search_sees_half_of_the_prompts_at_one_seed() -> None:
+    found, told = cases(table_of(2))
+    assert told == []
+    made = halved(found)
+    assert [w.name for w in made] == [
+        f"made-up, seed {seed}, half {half}" for seed in (0, 1) for half in (0, 1)
     ]
-    found, _ = worlds(rows, budget=BUDGET, rungs=RUNGS)
-    assert found[0].show(PAIRS[0], RECOMMENDED, 0, 0).log_loss == math.inf
-    assert found[0].show(PAIRS[0], RECOMMENDED, 3, 0).log_loss == math.inf
-    assert found[0].worth(PAIRS[0], RECOMMENDED).log_loss == math.log(2.0)
-    assert ours(found[0], 6.0, 0).arm != PAIRS[0]
+    world = made[1]
+    assert world.pool == world.grid == SETTINGS[:2]
+    assert world.rungs == (*RUNGS, BUDGET["steps"])
+    place = (PAIRS[4], SETTINGS[1])
+    row = several(PAIRS[4], 1, 0)
+    for rung, kept in ((0, row["rungs"][str(RUNGS[0])]), (2, row)):
+        size = len(kept["margins"])
+        seen = GROUP[:size] // 2 % 2 == 1
+        alone = _score(np.array(kept["margins"])[seen], GROUP[:size][seen])
+        assert world.show(*place, rung, 0).log_loss == pytest.approx(alone.log_loss)
+        assert world.losses is not None
+        assert world.losses(*place, rung) == pytest.approx(alone.losses)
+    assert world.group is not None
+    assert world.group.size == int((GROUP // 2 % 2 == 1).sum())
+    hidden = GROUP // 2 % 2 == 0
+    other = _score(np.array(several(PAIRS[4], 1, 1)["margins"])[hidden], GROUP[hidden])
+    assert world.worth(*place).log_loss == pytest.approx(other.log_loss)
+    assert world.worth(*place).accuracy == pytest.approx(other.accuracy)
+
+
+def _score(values: Any, group: Any) -> TrialScore:
+    ones = np.ones(values.size)
+    return trial_score(Measured(values, 0 * ones, ones, ones, 0 * ones, group))
+
+
+def test_the_job_s_rule_chooses_among_those_that_came_furthest() -> None:
+    """Of trials within a standard error the one with the least drift wins, in replays too."""
+    world = halved(cases(table_of(1))[0])[0]
+    plan = plan_of(world, budget=None, seed=0, shape="wide")
+    found = answer(plan, replay(world, plan).study)
+    others = {ended.task.trial.arm for ended in found.compared} - {found.trial.arm}
+    rows = [row | {"drift": 0.01} if row.get("pair") in others else row for row in table_of(1)]
+    drifts = halved(cases(rows)[0])[0]
+    assert drifts.group is not None
+    size = drifts.group.size
+
+    def alike(arm: str, setting: Setting, rung: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        noise = np.random.default_rng([*arm.encode()]).normal(size=size)
+        return 0.6 + 0.1 * (noise - noise.mean())
+
+    assert ours(world, 100.0, 0).arm == ours(drifts, 100.0, 0).arm == found.trial.arm
+    assert ours(replace(drifts, losses=alike), 100.0, 0).arm in others
+
+
+def test_a_run_that_broke_down_is_worth_no_training() -> None:
+    broken = {"losses": None, "log_loss": None, "rungs": {}}
+    for rows, read in (
+        (table_of_one(), of_seeds),
+        (table_of(1), lambda rows: (halved(cases(rows)[0]), [])),
+    ):
+        found, _ = read([row | broken if row.get("pair") == PAIRS[0] else row for row in rows])
+        last = len(found[0].rungs) - 1
+        assert found[0].show(PAIRS[0], RECOMMENDED, 0, 0).log_loss == math.inf
+        assert found[0].show(PAIRS[0], RECOMMENDED, last, 0).log_loss == math.inf
+        assert found[0].worth(PAIRS[0], RECOMMENDED) == NO_TRAINING
+        assert ours(found[0], 6.0, 0).arm != PAIRS[0]
 
 
 def test_tables_that_are_not_whole_are_told_of() -> None:
     rows = table_of(2)
-    found, told = worlds(rows[:-1], budget=BUDGET, rungs=RUNGS)
-    assert [len(w.grid) for w in found] == [1, 1], "the second setting lacks a run"
+    found, told = cases(rows[:-1])
+    assert [case.settings for case in found] == [1], "the second setting lacks a run"
     assert told == []
-    found, told = worlds(rows[2:40], budget=BUDGET, rungs=RUNGS)
+    assert len(found[0].runs) == 2 * 29
+    found, told = cases(rows[1:40])
     assert found == []
     assert "not all pairs" in told[0]
-    found, told = worlds(rows[2:], budget=BUDGET, rungs=RUNGS)
+    found, told = cases(rows[1:])
     assert found == []
     assert "metrics are missing" in told[0]
-    assert worlds(rows, budget=BUDGET | {"steps": 61}, rungs=RUNGS) == ([], [])
+    single, told = of_seeds(table_of_one()[:-1])
+    assert single == []
+    assert "not all pairs" in told[0]
+    single, told = of_seeds(table_of_one()[2:])
+    assert single == []
+    assert "metrics are missing" in told[0]
+    assert cases([row | {"budget": BUDGET | {"steps": 61}} for row in rows]) == ([], [])
+
+
+def test_cases_are_compared_at_the_settings_that_four_of_them_have() -> None:
+    (case,), _ = cases(table_of(3))
+    some = [case, case.first(2), case.first(2), case.first(2), case.first(1)]
+    assert [found.settings for found in comparable(some)] == [2, 2, 2, 2]
+    assert [found.settings for found in comparable(some[:1])] == [3]
+    assert [found.settings for found in comparable(some[3:])] == [1, 1]
+    assert {setting for _, setting, _ in case.first(2).runs} == {0, 1}
+    assert comparable([]) == []
 
 
 def test_what_is_kept_is_not_measured_again_and_settings_come_one_by_one(tmp_path: Path) -> None:
-    table = Table(tmp_path / "table.jsonl")
-    todos = missing(table, [SOURCE])
+    path = tmp_path / "tables" / "table.jsonl"
+    todos = missing(Table(path), [SOURCE], (0, 1))
     assert [(t.setting, t.seed) for t in todos[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert sum(len(t.runs) for t in todos) == 29 * 2 * len(SETTINGS)
-    assert [t.profile for t in todos[:3]] == [True, True, False]
+    assert [t.profile for t in todos[:3]] == [True, False, False]
     for pair in (PLAIN, *PAIRS[1:]):
-        table.append(json.loads(json.dumps(run(pair, 0, 0))))
-    left = missing(Table(tmp_path / "table.jsonl"), [SOURCE])
+        append(path, several(pair, 0, 0))
+    left = missing(Table(path), [SOURCE], (0,))
     assert left[0].runs == (PAIRS[0],)
+    assert {todo.seed for todo in left} == {0}
+
+
+def test_two_processes_write_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    row = {"text": "x" * 30_000}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: append(path, row), range(40)))
+    assert Table(path).rows == [row] * 40
+
+
+# ---------------------------------------------------------- two names, constants
+
+
+def test_one_configuration_under_two_names_and_pairs_that_differ() -> None:
+    """Seeds of equal margins never differ; a pair far from plain DPO does, as do unlike seeds."""
+    rows = table_of(1)
+    for row in rows[1:]:
+        steady = margins(0.0 if row["pair"] == PLAIN else 1.5, 0)
+        row["margins"] = steady
+        if row["pair"] == PAIRS[3] and row["seed"] == 1:
+            row["margins"] = [-margin for margin in steady]
+    (case,), _ = cases(rows)
+    found = named(case)
+    assert (found.same, found.false, found.pairs) == (29, 1, 28)
+    assert found.told == 27, "two seeds that contradict each other tell nothing"
+    assert found.seed_noise > 0.05
+    assert goal([found])["measured"] == pytest.approx(1 / 29, abs=1e-3)
+    assert goal([found])["met"]
+    assert goal([])["measured"] is None
+    assert not goal([])["met"]
+    assert "| made-up | 29 | 1 (3%) |" in names_table([found])
+
+
+def made_looks(*, signal: float, correlation: float, noise: float, data: int) -> list[Looks]:
+    """Two looks at 400 configurations: 3 % of effects at the end, shrunk and in part wrong before.
+
+    A rung shows signal (z + u), Var u = (1 / correlation^2 - 1) Var z.
+    """
+    found = []
+    for number in range(data):
+        rng = np.random.default_rng(number)
+        z = 3.0 * rng.normal(size=400)
+        u = 3.0 * math.sqrt(1.0 / correlation**2 - 1.0) * rng.normal(size=400)
+        true = np.stack([signal * (z + u) + 5.0, z])
+        one, other = (true + noise * rng.normal(size=true.shape) for _ in range(2))
+        found.append(Looks(f"data {number}", one, other))
+    return found
+
+
+def test_constants_of_a_rung_are_found_again_through_noise() -> None:
+    looks = made_looks(signal=0.5, correlation=0.8, noise=2.0, data=6)
+    (rung,) = fit(looks, (0.1,))
+    assert rung.signal is not None
+    assert rung.correlation is not None
+    assert rung.signal.value == pytest.approx(0.5, abs=0.05)
+    assert rung.correlation.value == pytest.approx(0.8, abs=0.05)
+    assert rung.signal.low < 0.5 < rung.signal.high
+    assert rung.assumed_signal == pytest.approx(0.656, abs=0.001), ".55 to .8 by log length"
+    (nothing,) = fit([Looks("a", np.zeros((2, 5)), np.zeros((2, 5)))] * 2, (0.1,))
+    assert nothing.signal is None
+    assert nothing.correlation is None
+    assert "not to be had" in fitted_table([nothing])
+
+
+def test_looks_of_a_table_share_neither_seed_nor_pairs() -> None:
+    (case,), _ = cases(table_of(1))
+    looks = looks_of_case(case)
+    assert [look.one.shape for look in looks] == [(3, 29), (3, 29)]
+    seen = case.scored((PLAIN, 0, 0), 2, half=0)
+    assert seen is not None
+    arms = sorted((PLAIN, *PAIRS))
+    assert looks[0].one[2, arms.index(PLAIN)] == pytest.approx(-100 * math.log(seen.log_loss))
+    other = case.scored((PLAIN, 0, 1), 2, half=1)
+    assert other is not None
+    assert looks[0].other[2, arms.index(PLAIN)] == pytest.approx(-100 * math.log(other.log_loss))
+    both = looks_of_seeds(
+        table_of_one(), budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS
+    )
+    assert both[0].one.shape == both[0].other.shape == (3, 29)
 
 
 def test_the_settings_of_the_table_are_in_the_search_space() -> None:
     space = SearchSpace(1e-3)
-    for objective in search_table.objectives().values():
+    for objective in selection_cases.objectives().values():
         centre = CandidateSpec(objective=objective, learning_rate=1e-3)
         for setting in SETTINGS:
             candidate = candidate_at(centre, setting)
@@ -261,7 +468,7 @@ def test_the_block_says_what_is_missing() -> None:
     text = block(
         Findings(tuned=[], single=enough(0.1), told=["x is missing."], made_up={}, replicates=1)
     )
-    assert "Nothing is recorded yet" in text
+    assert "Nothing is whole yet" in text
     assert "x is missing." in text
     assert "| ours | 0.10 [0.10, 0.10] |" in text
-    assert text.count("not yet") == 2
+    assert text.count("not yet") == 3
