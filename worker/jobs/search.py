@@ -36,7 +36,7 @@ from worker.jobs.search_plan import make_plan
 from worker.jobs.search_record import record_trials
 from worker.jobs.search_tasks import known, scope_of, work
 from worker.jobs.workbench import Workbench
-from worker.training.evaluate import Floats, Ints, clustered_standard_error, pair_groups
+from worker.training.evaluate import Floats, pair_groups
 
 _PREPARED = 0.1
 
@@ -99,7 +99,10 @@ def _study(bench: Workbench, spec: SearchSpec, recommendation: Recommendation) -
 
 @dataclass(frozen=True)
 class _Config:
-    """A configuration that may win: its trials at the rung that counts, one of each seed."""
+    """A configuration that may win: its trials at the rung that counts, one of each seed.
+
+    `losses` are those of (seeds, pairs), None where some of them are not on this server.
+    """
 
     trials: tuple[TrialRow, ...]
     log_loss: float
@@ -130,7 +133,7 @@ def _choose(
         )
     configs = _configs(bench.context, plan, records, rung)
     group = pair_groups(bench.pairs[Split.VALIDATION])
-    selection = select_winner(_finished(configs, group))
+    selection = select_winner(_finished(configs), group)
     assert selection.winner is not None, "a rung that was reached has a feasible trial"
     by_number = {config.trial.number: config for config in configs}
     winner = by_number[selection.winner]
@@ -197,7 +200,7 @@ def _configs(
                 log_loss=float(np.mean([task.task.log_loss for task in tasks])),
                 drift=drift,
                 feasible=plan.drift_budget is None or drift <= plan.drift_budget,
-                losses=np.mean(known_losses, axis=0) if len(known_losses) == len(losses) else None,
+                losses=np.stack(known_losses) if len(known_losses) == len(losses) else None,
             )
         )
     if lost:
@@ -216,8 +219,8 @@ def _losses(context: JobContext, record: TaskRecord) -> Floats | None:
     return np.array(orjson.loads(path.read_bytes()), dtype=np.float64)
 
 
-def _finished(configs: Sequence[_Config], group: Ints) -> list[FinishedTrial]:
-    """Trials as the winner is chosen from, with paired standard errors against the best one."""
+def _finished(configs: Sequence[_Config]) -> list[FinishedTrial]:
+    """Trials as the winner is chosen from."""
     usable = [config for config in configs if config.feasible]
     best = min(usable, key=lambda config: (config.log_loss, config.trial.number))
     return [
@@ -227,18 +230,17 @@ def _finished(configs: Sequence[_Config], group: Ints) -> list[FinishedTrial]:
             log_loss=config.log_loss,
             drift=config.drift,
             feasible=config.feasible,
-            standard_error=_paired_error(config, best, group),
+            standard_error=_independent_error(config, best),
+            losses=config.losses,
         )
         for config in configs
     ]
 
 
-def _paired_error(config: _Config, best: _Config, group: Ints) -> float:
-    """Standard error of (log-loss - the best one's): how hard a pair is cancels in it."""
+def _independent_error(config: _Config, best: _Config) -> float:
+    """Standard error of (log-loss - the best one's) as if they shared no pairs: too large."""
     if config is best:
         return 0.0
-    if config.losses is not None and best.losses is not None:
-        return clustered_standard_error(config.losses - best.losses, group)
     return math.hypot(*(float(each.trial.metrics["standard_error"]) for each in (config, best)))
 
 
