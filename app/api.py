@@ -5,6 +5,7 @@ from fastapi import APIRouter
 from app import (
     api_keys,
     audit,
+    catalog,
     checkpoint_downloads,
     checkpoints,
     dataset_rows,
@@ -30,7 +31,7 @@ def v1_router() -> APIRouter:
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
         checkpoints, checkpoint_downloads, files, upload_sessions,
         webhooks,
-        api_keys, usage, workers, audit,
+        api_keys, usage, workers, audit, catalog,
     ):  # fmt: skip
         router.include_router(domain.router)
     router.include_router(checkpoint_downloads.links)

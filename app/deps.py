@@ -27,6 +27,9 @@ DEFAULT_OWNER = "default"
 # What reaches the database: Postgres refuses NUL in any text.
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 TEXT_PATTERN = r"^[^\x00]*$"
+# What a filter by metadata looks like: `metadata[team]=a`.
+ANY_METADATA = "metadata[key]"
+METADATA_NAME = re.compile(r"metadata\[([^\]\[\x00]{1,64})\]")
 TOUCH_EVERY_S = 60.0
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,6})\"?\s*", re.IGNORECASE)
 
@@ -156,6 +159,8 @@ def refuse_unknown_query(request: Request) -> None:
         if isinstance(field.field_info, QueryParam)
     )
     unknown = sorted(set(request.query_params) - set(known))
+    if ANY_METADATA in known:
+        unknown = [name for name in unknown if METADATA_NAME.fullmatch(name) is None]
     if unknown:
         raise InvalidInput(
             f"unknown query parameter {unknown[0]!r}; this endpoint takes "

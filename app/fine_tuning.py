@@ -1,10 +1,13 @@
 """Fine-tuning jobs in OpenAI's form."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Response
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from sqlalchemy.orm import Session
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
 from app.conditional import CONDITIONAL_RESPONSES, JobAnswers
@@ -20,18 +23,16 @@ from app.deps import (
     WritesJobs,
 )
 from app.events import EVENT_RESPONSES, Events
+from app.filters import Filter
+from app.job_verbs import CancelOptions, NoOptions, Verbs
 from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
-from app.jobs import (
-    JobId,
-    NoOptions,
-    Scope,
-    read_metrics,
-)
+from app.jobs import JobId, read_metrics
 from app.queue import CeleryQueue, relay_now
 from app.responses import ListOf
+from app.series import Series
 from app.training_data import training_data
 from core.hub import resolve
-from core.lifecycle import JobKind, JobStatus
+from core.lifecycle import JobKind
 from core.methods import AutoMethod, KernelDpoMethod, Method
 from core.settings import Settings
 from core.spec import SpecModel
@@ -97,6 +98,9 @@ class CreateFineTuningJob(SpecModel):
     seed: Seed = 0
     suffix: Suffix | None = None
     metadata: Metadata = Field(default_factory=dict)
+    auto_start: bool = Field(
+        default=True, description="false: a draft, which waits until it is resumed"
+    )
 
     @model_validator(mode="after")
     def _one_dataset(self) -> Self:
@@ -120,10 +124,17 @@ class Accepted:
 
 @router.post("", operation_id="create_fine_tuning_job")
 def create_fine_tuning_job(
-    caller: WritesJobs, database: Db, queue: Queue, settings: Config, body: CreateFineTuningJob
+    caller: WritesJobs,
+    database: Db,
+    queue: Queue,
+    settings: Config,
+    body: CreateFineTuningJob,
+    dry_run: Annotated[
+        bool, Query(description="check everything, return the job, and make none")
+    ] = False,
 ) -> FineTuningJob:
     """Queue a fine-tuning job; `auto` measures the data, searches, trains and compares."""
-    return queue_fine_tuning(caller.owner_id, database, queue, settings, body)
+    return queue_fine_tuning(caller.owner_id, database, queue, settings, body, dry_run=dry_run)
 
 
 def queue_fine_tuning(
@@ -134,8 +145,11 @@ def queue_fine_tuning(
     body: CreateFineTuningJob,
     *,
     accepted: Accepted | None = None,
+    dry_run: bool = False,
 ) -> FineTuningJob:
     """Queue a fine-tuning job; one that an accepted recommendation names has its very model.
+
+    In a dry run all of it is undone.
 
     Raises:
         NotFound: no such dataset.
@@ -145,7 +159,7 @@ def queue_fine_tuning(
     with database.reading() as session:
         training_data(session, owner_id, body.data)
     spec = _job_spec(body, settings, accepted)
-    with database.transaction() as session:
+    with _kept(database, dry_run=dry_run) as session:
         data = training_data(session, owner_id, body.data, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
@@ -155,11 +169,30 @@ def queue_fine_tuning(
             model=body.model,
             seed=body.seed,
             metadata=body.metadata,
-            after_validation=data.is_validating,
+            after_validation=data.is_validating and body.auto_start,
+            draft=not body.auto_start,
         )
         view = fine_tuning_job(session, job)
+    if dry_run:
+        return view.model_copy(update={"dry_run": True})
     relay_now(database, queue)
     return view
+
+
+class _UndoneError(Exception):
+    """Ends a transaction whose work is only to be seen."""
+
+
+@contextmanager
+def _kept(database: Database, *, dry_run: bool) -> Iterator[Session]:
+    """Give a transaction; that of a dry run is rolled back."""
+    try:
+        with database.transaction() as session:
+            yield session
+            if dry_run:
+                raise _UndoneError
+    except _UndoneError:
+        return
 
 
 def _job_spec(
@@ -185,24 +218,12 @@ def _job_spec(
 
 @router.get("", operation_id="list_fine_tuning_jobs")
 def list_fine_tuning_jobs(
-    caller: ReadsJobs,
-    database: Db,
-    query: PageOf,
-    lists: Lists,
-    status: JobStatus | None = None,
-    dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
-    model: Annotated[str | None, Query(max_length=512, pattern=TEXT_PATTERN)] = None,
+    caller: ReadsJobs, database: Db, query: PageOf, where: Filter, lists: Lists
 ) -> ListOf[FineTuningJob]:
     """List fine-tuning jobs, newest first."""
+    where = replace(where, kind=JobKind.TRAINING)
     with database.reading() as session:
-        page = JobRepository(session).page(
-            caller.owner_id,
-            query,
-            kind=JobKind.TRAINING,
-            status=status,
-            dataset_id=dataset_id,
-            model=model,
-        )
+        page = JobRepository(session).page(caller.owner_id, query, where)
         jobs = [fine_tuning_job(session, job) for job in page.rows]
     return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
@@ -220,29 +241,29 @@ async def get_fine_tuning_job(caller: ReadsJobs, answers: JobAnswers, job_id: Jo
 
 @router.post("/{job_id}/cancel", operation_id="cancel_fine_tuning_job")
 def cancel_fine_tuning_job(
-    caller: WritesJobs, database: Db, job_id: JobId, _body: NoOptions | None = None
+    caller: WritesJobs, verbs: Verbs, job_id: JobId, body: CancelOptions | None = None
 ) -> FineTuningJob:
-    """Cancel a job: at once when it is queued or paused, at its next step when it runs."""
-    with database.transaction() as session:
-        jobs = JobRepository(session)
-        jobs.get(caller.owner_id, job_id, kind=JobKind.TRAINING)
-        return fine_tuning_job(session, jobs.request_cancel(caller.owner_id, job_id))
+    """Cancel a job: at once when it waits, at its next step when it runs."""
+    return verbs.cancel(caller, job_id, fine_tuning_job, body, kind=JobKind.TRAINING)
+
+
+@router.post("/{job_id}/pause", operation_id="pause_fine_tuning_job")
+def pause_fine_tuning_job(
+    caller: WritesJobs, verbs: Verbs, job_id: JobId, _body: NoOptions | None = None
+) -> FineTuningJob:
+    """Pause a job: at once when it is queued; one that runs saves what it has at its next step."""
+    return verbs.pause(caller, job_id, fine_tuning_job, kind=JobKind.TRAINING)
 
 
 @router.post("/{job_id}/resume", operation_id="resume_fine_tuning_job")
 def resume_fine_tuning_job(
-    caller: WritesJobs, database: Db, queue: Queue, job_id: JobId, _body: NoOptions | None = None
+    caller: WritesJobs, verbs: Verbs, job_id: JobId, _body: NoOptions | None = None
 ) -> FineTuningJob:
-    """Queue a paused job again: it goes on where it was. A job that is not paused stays as it is.
+    """Queue a paused job again: it goes on where it was. A draft is queued for the first time.
 
-    The job's `error` says why it is paused; see to that first.
+    The `error` of a job that paused itself says why; see to that first.
     """
-    with database.transaction() as session:
-        jobs = JobRepository(session)
-        job = jobs.get(caller.owner_id, job_id, kind=JobKind.TRAINING)
-        view = fine_tuning_job(session, jobs.resume(job))
-    relay_now(database, queue)
-    return view
+    return verbs.resume(caller, job_id, fine_tuning_job, kind=JobKind.TRAINING)
 
 
 @router.get(
@@ -272,7 +293,7 @@ def list_fine_tuning_checkpoints(
 
 @router.get("/{job_id}/metrics", operation_id="get_fine_tuning_metrics")
 def get_fine_tuning_metrics(
-    caller: ReadsJobs, database: Db, job_id: JobId, scope: Scope = "train"
+    caller: ReadsJobs, database: Db, job_id: JobId, series: Series
 ) -> MetricsView:
     """Return the metric series of one scope of a job."""
-    return read_metrics(database, caller.owner_id, job_id, scope, kind=JobKind.TRAINING)
+    return read_metrics(database, caller.owner_id, job_id, series, kind=JobKind.TRAINING)

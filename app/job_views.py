@@ -1,5 +1,6 @@
 """What a job looks like from outside: one form for all kinds, OpenAI's for fine-tuning."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -94,6 +95,11 @@ class JobView(Schema):
     model: str | None
     seed: int
     cancel_requested: bool
+    pause_requested: bool
+    resumable: bool = Field(description="a pause, or an attempt that ends early, loses no step")
+    resume_blocked_reason: str | None
+    parent_job_id: str | None = Field(description="the job that this one helps")
+    retry_of: str | None = Field(description="the ended job that this one does again")
     usage: Usage
     metadata: dict[str, str]
     error: JobError | None
@@ -119,9 +125,8 @@ class FineTuningJob(JobView):
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     trained_tokens: int | None = None
     integrations: tuple[str, ...] = ()
-    resumable: bool
-    resume_blocked_reason: str | None
-    parent_job_id: str | None = None
+    draft: bool = Field(description="made with `auto_start: false` and not resumed yet")
+    dry_run: bool = Field(default=False, description="the job was only checked, and not made")
     estimate: dict[str, float | None] | None = None
     recommendation_id: str | None
     study_id: str | None
@@ -171,16 +176,18 @@ def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
     recommendation = experiments.recommendation_of(job.id)
     succeeded = job.status is JobStatus.SUCCEEDED and job.result is not None
     result = TrainingResult.model_validate(job.result) if succeeded else None
-    ended = job.status.is_terminal
+    is_draft = job.status is JobStatus.DRAFT
+    shown = _common(session, job)
+    if is_draft:
+        shown["status"] = JobStatus.QUEUED  # OpenAI's clients know no drafts
     return FineTuningJob(
-        **_common(session, job),
+        **shown,
+        draft=is_draft,
         organization_id=job.owner_id,
         training_file=job.spec.get("training_file") or job.dataset_id,
         method=job.spec["method"],
         suffix=job.spec.get("suffix"),
         fine_tuned_model=None if result is None else result.run.checkpoint_id,
-        resumable=not ended,
-        resume_blocked_reason=f"the job has {job.status.value}" if ended else None,
         recommendation_id=job.spec.get("recommendation_id")
         if recommendation is None
         else recommendation.id,
@@ -203,9 +210,14 @@ def event_view(event: Event) -> EventView:
     )
 
 
-def metrics_view(job_id: str, scope: str, points: list[MetricPoint]) -> MetricsView:
-    """Return the view of a metric series."""
-    data = [MetricView(step=p.step, values=p.metrics, created_at=int(p.created_at)) for p in points]
+def metrics_view(
+    job_id: str, scope: str, points: Sequence[tuple[MetricPoint, dict[str, float]]]
+) -> MetricsView:
+    """Return the view of a metric series: points, and which values of each."""
+    data = [
+        MetricView(step=point.step, values=values, created_at=int(point.created_at))
+        for point, values in points
+    ]
     return MetricsView(job_id=job_id, scope=scope, data=data)
 
 
@@ -226,6 +238,7 @@ def progress_view(job: Job) -> Progress | None:
 
 def _common(session: Session, job: Job) -> dict[str, Any]:
     """Return the members that every kind of job has."""
+    ended = job.status.is_terminal
     ahead = JobRepository(session).queue_position(job)
     progress = progress_view(job)
     finish = None
@@ -252,6 +265,11 @@ def _common(session: Session, job: Job) -> dict[str, Any]:
         "model": job.model,
         "seed": job.seed,
         "cancel_requested": job.cancel_requested_at is not None,
+        "pause_requested": job.pause_requested_at is not None,
+        "resumable": not ended,
+        "resume_blocked_reason": f"the job has {job.status.value}" if ended else None,
+        "parent_job_id": job.parent_id,
+        "retry_of": job.spec.get("retry_of"),
         "usage": Usage(gpu_seconds=job.gpu_seconds),
         "metadata": job.labels,
         "error": job_error(job.error),

@@ -30,8 +30,8 @@ from app.fine_tuning import (
     Suffix,
     queue_fine_tuning,
 )
+from app.job_verbs import NoOptions
 from app.job_views import FineTuningJob
-from app.jobs import NoOptions
 from app.keys import Scope
 from app.queue import CeleryQueue, relay_now
 from app.recommendation_bodies import (
@@ -61,6 +61,7 @@ from core.spec import PenaltyTerm, SpecModel
 from models.experiment import RecommendationRow
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
+from models.repositories.job_pages import JobFilter
 from models.repositories.jobs import JobRepository
 from models.session import Database
 
@@ -172,7 +173,9 @@ def list_recommendations(
 ) -> ListOf[RecommendationView]:
     """List the recommendations that were asked for, newest first."""
     with database.reading() as session:
-        page = JobRepository(session).page(caller.owner_id, query, kind=JobKind.RECOMMENDATION)
+        page = JobRepository(session).page(
+            caller.owner_id, query, JobFilter(kind=JobKind.RECOMMENDATION)
+        )
         experiments = ExperimentRepository(session)
         views = [
             recommendation_view(session, job, experiments.recommendation_of(job.id))

@@ -15,7 +15,7 @@ from app.deps import (
     ReadsJobs,
     WritesJobs,
 )
-from app.jobs import NoOptions
+from app.job_verbs import NoOptions
 from app.responses import ListOf, Schema, conditional, json_response, unix
 from core.spec import SpecModel
 from core.webhook_events import DeliveryStatus, WebhookEventType

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path
 from pydantic import Field
 
 from app.deps import ID_PATTERN, Admin, Config, Db
-from app.jobs import NoOptions
+from app.job_verbs import NoOptions
 from app.responses import Schema
 from core.queue import QueueName
 from models.job import Worker

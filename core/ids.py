@@ -20,6 +20,7 @@ class IdPrefix(StrEnum):
     TRIAL = "trial_"
     TASK = "task_"
     CHECKPOINT = "ckpt_"
+    EVALUATION = "eval_"
     FILE = "file-"
     UPLOAD = "upload_"
     PART = "part_"

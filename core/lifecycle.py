@@ -55,6 +55,7 @@ class JobKind(StrEnum):
     RECOMMENDATION = "recommendation"
     TRAINING = "training"
     EXPORT = "export"
+    EVALUATION = "evaluation"
     SEARCH = "search"  # helps the search of another job
 
 

@@ -6,14 +6,27 @@ import re
 import sys
 from datetime import UTC, datetime
 
-_SECRETS = re.compile(
-    r"(dk-[a-z]+-)[0-9A-Za-z]{6,}|(hf_)[0-9A-Za-z]{6,}|(://[^:/@\s]+:)[^@\s]+(?=@)"
-)
+LOG_NAME = "log.txt"
+"""The file in an attempt's folder that its process writes to."""
+
+_PATTERN = r"(dk-[a-z]+-)[0-9A-Za-z]{6,}|(hf_)[0-9A-Za-z]{6,}|(://[^:/@\s]+:)[^@\s]+(?=@)"
+_SECRETS = re.compile(_PATTERN)
+_SECRET_BYTES = re.compile(_PATTERN.encode())
 
 
 def scrub(text: str) -> str:
     """Replace API keys, hub tokens and URL passwords by `…`."""
     return _SECRETS.sub(lambda m: f"{m.group(1) or m.group(2) or m.group(3)}…", text)
+
+
+def mask(data: bytes) -> bytes:
+    """Replace the bytes of the same secrets by `*`, so that the length stays."""
+
+    def stars(match: re.Match[bytes]) -> bytes:
+        known: bytes = match.group(1) or match.group(2) or match.group(3)
+        return known + b"*" * (len(match.group()) - len(known))
+
+    return _SECRET_BYTES.sub(stars, data)
 
 
 class JsonFormatter(logging.Formatter):

@@ -24,6 +24,7 @@ QUEUE_OF_KIND: dict[JobKind, QueueName] = {
     JobKind.RECOMMENDATION: QueueName.GPU,
     JobKind.TRAINING: QueueName.GPU,
     JobKind.EXPORT: QueueName.GPU,
+    JobKind.EVALUATION: QueueName.GPU,
     JobKind.SEARCH: QueueName.GPU,
 }
 

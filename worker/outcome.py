@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from core.errors import FailureCode
 from core.lifecycle import Phase
+from core.logs import LOG_NAME as LOG_NAME
 from core.search_files import TRIALS as TRIALS
 from worker.ingest.files import atomic_writer
 
 OUTCOME_NAME = "outcome.json"
-LOG_NAME = "log.txt"
 
 
 class ExitCode(IntEnum):

@@ -16,6 +16,7 @@ from models.repositories.job_claims import JobClaims
 from models.repositories.job_moves import Beat as Beat
 from models.repositories.job_moves import Fence as Fence
 from models.repositories.job_moves import worker_lost
+from models.repositories.job_pages import JobFilter
 from models.repositories.job_pauses import JobPauses
 from models.repositories.job_requests import JobRequests
 from models.repositories.paging import Page, PageQuery, fetch_page
@@ -28,6 +29,7 @@ ID_OF_KIND = {
     JobKind.RECOMMENDATION: IdPrefix.RECOMMENDATION,
     JobKind.TRAINING: IdPrefix.FINE_TUNING_JOB,
     JobKind.EXPORT: IdPrefix.JOB,
+    JobKind.EVALUATION: IdPrefix.EVALUATION,
     JobKind.SEARCH: IdPrefix.JOB,
 }
 _BEGINNINGS = {
@@ -36,7 +38,9 @@ _BEGINNINGS = {
     JobStatus.QUEUED: "The job is queued.",
 }
 # All that they need is in their spec.
-REPEATABLE = frozenset({JobKind.RECOMMENDATION, JobKind.TRAINING, JobKind.EXPORT})
+REPEATABLE = frozenset(
+    {JobKind.RECOMMENDATION, JobKind.TRAINING, JobKind.EXPORT, JobKind.EVALUATION}
+)
 
 
 @dataclass(frozen=True)
@@ -106,26 +110,11 @@ class JobRepository(JobClaims, JobPauses, JobRequests):
         self._session.refresh(job)
         return job
 
-    def page(
-        self,
-        owner_id: str,
-        query: PageQuery,
-        *,
-        kind: JobKind | None = None,
-        status: JobStatus | None = None,
-        dataset_id: str | None = None,
-        model: str | None = None,
-    ) -> Page[Job]:
-        """Return one page of the owner's jobs, filtered by whatever is given."""
+    def page(self, owner_id: str, query: PageQuery, where: JobFilter | None = None) -> Page[Job]:
+        """Return one page of the owner's jobs."""
         statement: Select[Job] = select(Job).where(Job.owner_id == owner_id)
-        for column, value in (
-            (Job.kind, kind),
-            (Job.status, status),
-            (Job.dataset_id, dataset_id),
-            (Job.model, model),
-        ):
-            if value is not None:
-                statement = statement.where(column == value)
+        if where is not None:
+            statement = statement.where(*where.conditions())
         return fetch_page(self._session, statement, Job.id, query)
 
     def retry(self, job: Job) -> Job:
