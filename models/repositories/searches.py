@@ -27,6 +27,7 @@ from models.job import Job, JobAttempt
 from models.repositories.events import append_event
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence, JobRepository
+from models.repositories.quotas import QuotaRepository
 from models.types import db_now
 
 
@@ -349,6 +350,7 @@ class SearchRepository:
                 gpu_seconds=Job.gpu_seconds + seconds, version=Job.version + 1
             ).execution_options(synchronize_session=False)
         )
+        QuotaRepository(self._session).charge(study.job_id, seconds)
 
     def _own(self, fence: Fence, task_id: str, **values: Any) -> None:
         owned = (
