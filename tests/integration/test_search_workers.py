@@ -132,7 +132,7 @@ def test_kills_lose_nothing_and_change_nothing(stack: Stack, tmp_path: Path) -> 
         def moved(seen: int = seen) -> bool:
             return hurt.is_over() or hurt.progress() > seen
 
-        wait_for("the search to go on", moved, timeout_s=60.0)
+        wait_for("the search to go on", moved, timeout_s=TIMEOUT_S)
         if hurt.is_over():
             break
         kill_one(stack, workers, lot)

@@ -19,6 +19,7 @@ from core.queue import QueueName
 from core.run_spec import DatasetPolicy
 from core.settings import DbSettings, Settings, TrainingSettings, WorkerSettings
 from models.repositories.datasets import DatasetRepository
+from models.repositories.job_claims import Claim
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
 from models.session import Database
@@ -95,11 +96,13 @@ class TrainingWorld:
         spec = {"model": self.model_ref(), "method": method, "encoder": ref}
         return self.job(JobKind.TRAINING, spec=spec)
 
-    def attempt(self, run: Job, *, stop: threading.Event | None = None) -> dict[str, Any]:
-        """Claim the job that is due and do it; a preempted one goes back to its queue."""
+    def claim(self) -> Claim | None:
+        """Take the job that is due."""
         with self.database.transaction() as session:
-            claim = JobRepository(session).claim(QueueName.GPU, worker_id="wrk_test", lease_s=3600)
-        assert claim is not None, "no job is due"
+            return JobRepository(session).claim(QueueName.GPU, worker_id="wrk_test", lease_s=3600)
+
+    def context(self, claim: Claim, *, stop: threading.Event | None = None) -> JobContext:
+        """What the job's function is given."""
         with self.database.reading() as session:
             job = JobRepository(session).load(claim.fence)
         context = JobContext(
@@ -107,6 +110,13 @@ class TrainingWorld:
             stop=stop or threading.Event(),
         )  # fmt: skip
         context.attempt_dir.mkdir(parents=True, exist_ok=True)
+        return context
+
+    def attempt(self, run: Job, *, stop: threading.Event | None = None) -> dict[str, Any]:
+        """Claim the job that is due and do it; a preempted one goes back to its queue."""
+        claim = self.claim()
+        assert claim is not None, "no job is due"
+        context = self.context(claim, stop=stop)
         try:
             result = run(context)
         except (Preempted, Killed):
