@@ -12,7 +12,7 @@ import optuna
 
 from bench import search_fit, search_record, search_report, selection_cases, selection_report
 from bench.options import parse, table_parser
-from bench.search_fit import Fitted
+from bench.search_fit import ShortRuns
 from bench.search_report import LAWS, MIN_DATASETS, Findings
 from bench.search_table import Case, cases, halved, worlds
 from bench.search_ties import named
@@ -32,15 +32,16 @@ def comparable(found: Sequence[Case]) -> list[Case]:
     return [case.first(settings) for case in found if case.settings >= settings]
 
 
-def fitted(found: Sequence[Case], single: Sequence[Row]) -> dict[str, list[Fitted]]:
+def short_runs(found: Sequence[Case], single: Sequence[Row]) -> list[ShortRuns]:
     """What short runs of both tables say of whole ones."""
     budget, rungs = selection_cases.BUDGET, selection_cases.RUNGS
     fractions = tuple(step / budget["steps"] for step in rungs)
     halves = [look for case in found for look in search_fit.looks_of_case(case)]
     seeds = search_fit.looks_of_seeds(single, budget=budget, rungs=rungs)
-    sources = {"`search.jsonl`": (halves, search_fit.FRACTIONS)}
-    sources["`selection.jsonl`"] = (seeds, fractions)
-    return {name: search_fit.fit(looks, at) for name, (looks, at) in sources.items() if looks}
+    return [
+        ShortRuns.of("`bench/tables/search.jsonl`", halves, search_fit.FRACTIONS),
+        ShortRuns.of("`bench/tables/selection.jsonl`", seeds, fractions),
+    ]
 
 
 def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
@@ -58,7 +59,7 @@ def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
         replicates=replicates,
         settings=found[0].settings if found else 0,
         names=[named(case) for case in found],
-        fitted=fitted(found, single.rows),
+        short=short_runs(found, single.rows),
     )
 
 

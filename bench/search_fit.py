@@ -49,6 +49,35 @@ class Fitted:
     assumed_correlation: float
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """How much configurations of a dataset differ at the end: as one look shows, and for good.
+
+    Standard deviations in percent of log-loss. `lasting` is the root of Cov(y_K, y'_K), 0 where
+    that is negative: the part of what is seen that another seed and other pairs show too.
+    """
+
+    data: str
+    configurations: int
+    seen: float
+    lasting: float
+
+
+def repeated(looks: Sequence[Looks]) -> list[Repeated]:
+    """By dataset, all its looks in one."""
+    found = []
+    for data in sorted({look.data for look in looks}):
+        of = [look for look in looks if look.data == data]
+        ends = [(x.one[-1] - x.one[-1].mean(), x.other[-1] - x.other[-1].mean()) for x in of]
+        number = sum(one.size - 1 for one, _ in ends)
+        shared = sum(float(one @ other) for one, other in ends) / number
+        total = sum(float(one @ one + other @ other) / 2 for one, other in ends) / number
+        found.append(
+            Repeated(data, of[0].one.shape[1], math.sqrt(total), math.sqrt(max(shared, 0.0)))
+        )
+    return found
+
+
 def looks_of_case(case: Case) -> list[Looks]:
     """One seed on one half of the prompts and the other seed on the other half, both ways."""
     first, second = case.seeds[:2]
@@ -133,6 +162,35 @@ def _estimate(value: float, without: Sequence[float]) -> Estimate | None:
     error = math.sqrt((n - 1) / n * float(np.square(left - left.mean()).sum()))
     half = t_quantile(n - 1) * error
     return Estimate(value=value, low=value - half, high=value + half)
+
+
+@dataclass(frozen=True)
+class ShortRuns:
+    """All that a table says of short runs."""
+
+    table: str
+    repeated: Sequence[Repeated]
+    fitted: Sequence[Fitted]
+
+    @classmethod
+    def of(cls, table: str, looks: Sequence[Looks], fractions: Sequence[float]) -> "ShortRuns":
+        """Of all looks at a table; empty where there are none."""
+        return cls(table, repeated(looks), fit(looks, fractions) if looks else [])
+
+    @property
+    def text(self) -> str:
+        """As a block of the page."""
+        return f"{repeated_table(self.repeated)}\n\n{fitted_table(self.fitted)}"
+
+
+def repeated_table(found: Sequence[Repeated]) -> str:
+    """As a block of the page."""
+    text = [
+        "| dataset | configurations | they differ by, sd, % of log-loss | for good |",
+        "|---|---|---|---|",
+    ]
+    text += [f"| {x.data} | {x.configurations} | {x.seen:.2f} | {x.lasting:.2f} |" for x in found]
+    return "\n".join(text)
 
 
 def fitted_table(found: Sequence[Fitted]) -> str:

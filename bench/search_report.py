@@ -3,15 +3,16 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
-from bench import search_fit, search_ties
+from bench import search_ties
 from bench.report import ROOT, publish_block
-from bench.search_fit import Fitted
+from bench.search_fit import ShortRuns
 from bench.search_strategies import STRATEGIES, Pick, grid
 from bench.search_ties import Names
 from bench.search_world import Law, World, made_up
@@ -192,7 +193,8 @@ def goals(
         )
     )  # fmt: skip
     rivals = [name for name in STRATEGIES if name not in (OURS, "metrics alone")]
-    smallest = min((lead(either, name).value for name in rivals), default=0.0) if either else None
+    leads = [lead(either, name) for name in rivals] if either else []
+    smallest = min(leads, key=lambda estimate: estimate.value, default=None)
     found.append(
         _goal("smallest lead over another strategy, equal budget, points", ">", 0.0, smallest)
     )
@@ -258,7 +260,7 @@ def goal_table(found: Sequence[Row]) -> str:
 class Findings:
     """All replays: on the table with `settings`, on that with one, and on made-up worlds by law.
 
-    `names` are A/A tests by dataset, `fitted` what rungs of the tables say of whole runs.
+    `names` are A/A tests by dataset, `short` is what rungs of the tables say of whole runs.
     """
 
     tuned: Sequence[Outcome]
@@ -268,7 +270,7 @@ class Findings:
     replicates: int
     settings: int = 0
     names: Sequence[Names] = ()
-    fitted: Mapping[str, Sequence[Fitted]] = field(default_factory=dict)
+    short: Sequence[ShortRuns] = ()
 
     @property
     def goals(self) -> list[Row]:
@@ -280,20 +282,22 @@ class Findings:
 def block(found: Findings) -> str:
     """The block of the page, markers included."""
     parts = [BEGIN, goal_table(found.goals)]
+    number = str(found.settings or "several")
     for title, outcomes_of, lacking in (
-        (f"Pairs at {found.settings} settings (`bench/tables/search.jsonl`)", found.tuned,
+        (f"Pairs at {number} settings (`bench/tables/search.jsonl`)", found.tuned,
          "Nothing is whole yet: `FULL=1 make bench-search` (hours)."),
         ("Pairs at one setting (`bench/tables/selection.jsonl`)", found.single,
          "Nothing whole is recorded yet: `FULL=1 make bench-selection`."),
     ):  # fmt: skip
         parts.append(f"**{title}.**")
-        number = len({outcome.data for outcome in outcomes_of})
-        parts.append(f"{number} datasets.\n\n{_table(outcomes_of)}" if outcomes_of else lacking)
+        datasets = len({outcome.data for outcome in outcomes_of})
+        parts.append(f"{datasets} datasets.\n\n{_table(outcomes_of)}" if outcomes_of else lacking)
     parts += found.told
     if found.names:
         parts += ["**One configuration under two names.**", search_ties.names_table(found.names)]
-    for title, fitted in found.fitted.items():
-        parts += [f"**What short runs say: {title}.**", search_fit.fitted_table(fitted)]
+    for short in found.short:
+        if short.fitted:
+            parts += [f"**What short runs say of whole ones: {short.table}.**", short.text]
     for law, outcomes_of in found.made_up.items():
         parts.append(f"**Made-up worlds, {found.replicates} of them: {law}.**")
         parts.append(_table(outcomes_of))
@@ -313,27 +317,16 @@ def report(found: Findings, *, publish: bool) -> None:
             "settings": found.settings,
             "made_up_worlds_of_each_law": found.replicates,
             "two_names": [asdict(each) for each in found.names],
-            "short_runs": {
-                title: [_fitted_row(each) for each in of] for title, of in found.fitted.items()
-            },
+            "short_runs": [asdict(each) for each in found.short],
             "sources": {
                 name: [_as_row(line) for line in lines(of)] for name, of in sources.items()
             },
         }
         SUMMARY.write_text(
-            json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(summary, indent=1, ensure_ascii=False, default=BaseModel.model_dump) + "\n",
+            encoding="utf-8",
         )
     print(json.dumps({"goals": said}, ensure_ascii=False))
-
-
-def _fitted_row(each: Fitted) -> Row:
-    return {
-        "fraction": each.fraction,
-        "signal": None if each.signal is None else each.signal.model_dump(),
-        "correlation": None if each.correlation is None else each.correlation.model_dump(),
-        "assumed_signal": each.assumed_signal,
-        "assumed_correlation": each.assumed_correlation,
-    }
 
 
 def _as_row(line: Line) -> Row:

@@ -14,7 +14,15 @@ import pytest
 
 from bench import search_report, selection_cases
 from bench.search import comparable
-from bench.search_fit import Looks, fit, fitted_table, looks_of_case, looks_of_seeds
+from bench.search_fit import (
+    Looks,
+    ShortRuns,
+    fit,
+    fitted_table,
+    looks_of_case,
+    looks_of_seeds,
+    repeated,
+)
 from bench.search_record import (
     BUDGET,
     RUNG_PAIRS,
@@ -388,6 +396,23 @@ def test_constants_of_a_rung_are_found_again_through_noise() -> None:
     assert nothing.signal is None
     assert nothing.correlation is None
     assert "not to be had" in fitted_table([nothing])
+
+
+def test_what_lasts_is_told_from_what_a_look_shows() -> None:
+    looks = made_looks(signal=0.5, correlation=0.8, noise=2.0, data=1)
+    (found,) = repeated(looks)
+    assert found.configurations == 400
+    assert found.seen == pytest.approx(math.hypot(3.0, 2.0), rel=0.1)
+    assert found.lasting == pytest.approx(3.0, rel=0.1)
+    rng = np.random.default_rng(0)
+    ends = rng.normal(size=(2, 50))
+    (against,) = repeated([Looks("data", ends, -ends)])
+    assert against.lasting == 0.0
+    two = made_looks(signal=0.5, correlation=0.8, noise=2.0, data=2)
+    short = ShortRuns.of("`table`", two, (0.1,))
+    assert "| data 0 | 400 |" in short.text
+    assert "| 10% | 0.5" in short.text
+    assert ShortRuns.of("`none`", [], (0.1,)).fitted == []
 
 
 def test_looks_of_a_table_share_neither_seed_nor_pairs() -> None:
