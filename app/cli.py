@@ -39,7 +39,7 @@ app.add_typer(keys, name="keys", rich_help_panel=RUN)
 def main() -> NoReturn:
     """Run the command; errors of the user are one line on stderr and an exit code."""
     try:
-        app()
+        app(prog_name="kdpo")
     except KdpoClientError as error:
         leave_with(error)
     except KdpoError as error:

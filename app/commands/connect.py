@@ -12,11 +12,14 @@ import typer
 
 from app.commands.exits import Exit, leave
 from kdpo.client import Client
+from kdpo.errors import UnexpectedAnswer
 from kdpo.transport import KEY_VARIABLE, URL_VARIABLE
 
 DEFAULT_PORT = "8321"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOOK_S = 2.0
+# A server that was there once may be restarted meanwhile: these tries take half a minute.
+PATIENCE = 8
 
 Url = Annotated[
     str | None,
@@ -73,7 +76,8 @@ def connected(
             f"drop one of the two (the address can come from {URL_VARIABLE})",
         )
     if named:
-        with Client(named, key) as client:
+        _greet(named)
+        with Client(named, key, max_retries=PATIENCE) as client:
             is_here = httpx.URL(client.base_url).host in LOOPBACK
             yield Connection(client, is_here, ends_with_command=False)
         return
@@ -95,8 +99,24 @@ def connected(
                 at = stack.enter_context(own.server(settings, workers=works))
             else:
                 _nobody(default, settings.root)
-        client = stack.enter_context(Client(at, key))
+        client = stack.enter_context(Client(at, key, max_retries=PATIENCE))
         yield Connection(client, on_this_machine=True, ends_with_command=not runs)
+
+
+def _greet(url: str) -> None:
+    """Make sure that a kdpo server is there, without the patience that a running one deserves.
+
+    Raises:
+        ConnectionFailed: nobody answers.
+        UnexpectedAnswer: somebody else does.
+    """
+    with Client(url, max_retries=1) as client:
+        said = client.request("GET", "/version")
+    if not isinstance(said, dict) or said.get("name") != "kdpo":
+        raise UnexpectedAnswer(
+            f"{url} is no kdpo server: it says {str(said)[:100]}",
+            hint=f"set --url or {URL_VARIABLE} to one",
+        )
 
 
 def _is_kdpo(url: str) -> bool:

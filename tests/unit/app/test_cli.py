@@ -1,5 +1,6 @@
 """The command line as users run it: exit codes, one line of error, keys that work."""
 
+import json
 import os
 import re
 import socket
@@ -16,6 +17,10 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from app.cli import main
+from app.commands.exits import Exit, exit_of
+from kdpo.errors import api_error
+
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,96 @@ def test_entry_point_of_the_package(tmp_path: Path) -> None:
 
 def test_help(kdpo: Kdpo) -> None:
     shown = kdpo("--help").stdout
-    assert all(name in shown for name in ("serve", "api", "worker", "migrate", "keys", "version"))
+    names = (
+        "recommend", "tune", "watch", "download", "jobs", "serve", "api", "worker", "migrate",
+        "doctor", "keys", "version",
+    )  # fmt: skip
+    assert all(f" {name} " in shown for name in names)
+    assert "--install-completion" in shown
+
+
+def test_the_command_loads_no_server_until_it_runs_one(tmp_path: Path) -> None:
+    code = "import json, sys, app.cli; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    server = {"fastapi", "sqlalchemy", "celery", "uvicorn", "alembic", "numpy", "torch"}
+    assert not server & set(json.loads(done.stdout))
+
+
+def test_completion_of_commands(kdpo: Kdpo) -> None:
+    asked = {"_KDPO_COMPLETE": "complete_bash", "COMP_WORDS": "kdpo jobs ", "COMP_CWORD": "2"}
+    found = kdpo("jobs", **asked).stdout.split()
+    assert {"list", "get", "events", "cancel", "pause", "resume", "retry"} == set(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (("recommend", "nowhere.jsonl", "-m", "m"), "nowhere.jsonl", 2),
+        (("tune", "ds_1", "-m", "m", "--set", "n_epochs"), "NAME=VALUE", 2),
+        (("tune", "ds_1", "-m", "m", "--set", "a=1", "--set", "a=2"), "each name once", 2),
+        (("tune", "ds_1", "-m", "m", "--no-wait", "-o", "x"), "--no-wait leaves before", 2),
+        (("tune", "ds_1", "-m", "m", "--no-wait", "--local"), "would end", 2),
+        (("recommend", "ds_1", "-m", "m", "--policy", "{"), "--policy is not JSON", 2),
+        (("recommend", "ds_1", "-m", "m", "--policy", "[]"), "--policy is not an object", 2),
+        (("jobs", "list", "--url", "http://127.0.0.1:1"), "cannot reach", 5),
+        (("jobs", "list", "--url", "localhost"), "expected one such as http://", 2),
+        (("jobs", "list"), "no server answers", 5),
+        (("watch", "ftjob-1", "--local", "--url", "http://127.0.0.1:1"), "drop one", 2),
+    ],
+)
+def test_exit_codes_of_client_commands(
+    kdpo: Kdpo, arguments: tuple[str, ...], says: str, code: int
+) -> None:
+    check_failed(kdpo(*arguments, KDPO_API__PORT="1"), says, code=code)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 412, 413, 415, 422, 429, 500, 503])
+def test_every_refusal_has_an_exit_code_of_the_table(status: int) -> None:
+    table = {
+        400: 6, 401: 4, 403: 4, 404: 3, 409: 7, 412: 7, 413: 6, 415: 6, 422: 6, 429: 6, 500: 1,
+        503: 5,
+    }  # fmt: skip
+    assert exit_of(api_error(status, {"code": "x"}, request_id=None)) == table[status]
+
+
+def test_the_page_has_every_exit_code() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert {int(row) for row in re.findall(r"^\| (\d+) \|", page, re.M)} == set(Exit)
+
+
+def test_doctor_says_what_to_do(kdpo: Kdpo, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = kdpo("doctor", "--json", KDPO_API__PORT=port, KDPO_BROKER__URL="redis://127.0.0.1:1")
+    assert done.returncode == 1
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert {found[name]["verdict"] for name in ("python", "settings", "data folder")} == {"ok"}
+    assert {found[name]["verdict"] for name in ("port", "broker")} == {"fail"}
+    assert "KDPO_API__PORT" in found["port"]["advice"]
+    assert all(finding["advice"] for finding in found.values() if finding["verdict"] != "ok")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_of_wrong_settings(kdpo: Kdpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.doctor.PROBE_S", 0.01)
+    done = kdpo("doctor", KDPO_MODE="full")
+    assert done.returncode == 1
+    assert "KDPO_DB__URL" in done.stdout
+
+
+def test_versions_and_keys_as_json(kdpo: Kdpo) -> None:
+    assert set(json.loads(kdpo("version", "--json").stdout)) == {"version", "python"}
+    made = json.loads(kdpo("keys", "create", "--json").stdout)
+    assert re.fullmatch(r"dk-live-[0-9A-Za-z]{22}", made["key"])
+    (listed,) = json.loads(kdpo("keys", "list", "--json").stdout)
+    assert (listed["id"], listed["state"]) == (made["id"], "usable")
+    assert json.loads(kdpo("keys", "revoke", made["id"], "--json").stdout)["state"] == "revoked"
+    assert json.loads(kdpo("migrate", "--json").stdout) == {"status": "newest"}
 
 
 def test_keys_are_made_listed_and_revoked(kdpo: Kdpo, tmp_path: Path) -> None:
