@@ -49,6 +49,7 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
 
     Raises:
         pydantic.ValidationError: this is no plan.
+        InvalidInput: it is none that could be searched by (see `Plan`).
     """
     return _PLAN.validate_python(value)
 

@@ -125,6 +125,20 @@ def test_job_that_goes_on_keeps_its_earlier_attempts(
     assert files_under(first) == files_under(second) == {"log.txt", "outcome.json"}
 
 
+def test_trials_stay_as_long_as_their_job_goes_on(
+    database: Database, seeds: Seeds, settings: Settings
+) -> None:
+    seeds.job()
+    fence = seeds.claim()
+    trials = settings.artifact_dir / "jobs" / fence.job_id / "trials"
+    write(trials / "3-0.json", trials / "trial-3" / "job_1-a1" / "step-000005" / "state")
+    Cleanup(settings, database).run()
+    assert len(files_under(trials)) == 2
+    finish(database, fence)
+    Cleanup(settings, database).run()
+    assert not trials.exists()
+
+
 def test_folders_of_unknown_jobs_are_left_alone(database: Database, settings: Settings) -> None:
     file = settings.artifact_dir / "jobs" / "ftjob_of_another_database" / "a1" / "state"
     write(file)
