@@ -194,7 +194,8 @@ def test_too_many_streams_are_polled(sqlite_url: str, tmp_path: Path) -> None:
             job, fence = begun(live, client, method="dpo")
             url = f"{live.url}/v1/jobs/{job.id}/events"
             with httpx.stream("GET", url, headers=headers, timeout=20) as taken:
-                assert next(taken.iter_bytes())
+                pieces = taken.iter_bytes()
+                assert next(pieces)
                 until(lambda: live.app.state.followers._streams)
                 asked = f"/v1/jobs/{job.id}/events"
                 with (
