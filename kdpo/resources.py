@@ -134,7 +134,7 @@ class JobCalls:
     @call
     def retry(self: HasPolicy, job: str | Job) -> Flow[Job]:
         """Try a failed job again, from the last step that it finished."""
-        return posted(Job, f"/v1/jobs/{id_of(job)}/retry", self._policy)
+        return posted(Job, f"/v1/jobs/{id_of(job)}/retry", self._policy, keyed=True)
 
     @listing
     def events(

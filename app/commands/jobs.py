@@ -139,7 +139,7 @@ def watch(
         for update in here.client.watch(job, after=after, timeout_s=timeout):
             last = update.job
             if as_json:
-                print_json(update)
+                print_json(update, one_line=True)
                 continue
             if update.event is not None:
                 _say(update.event)

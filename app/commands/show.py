@@ -35,9 +35,9 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def print_json(value: object) -> None:
-    """Print a value as JSON, one line where nobody reads along."""
-    indent = 2 if sys.stdout.isatty() else None
+def print_json(value: object, *, one_line: bool = False) -> None:
+    """Print a value as JSON, on one line where nobody reads along."""
+    indent = 2 if sys.stdout.isatty() and not one_line else None
     sys.stdout.write(json.dumps(plain(value), indent=indent, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
@@ -215,7 +215,7 @@ def show_outcome(job: Job) -> None:
     for name, title in (
         ("log_loss", "calibrated log-loss"), ("accuracy", "accuracy"), ("drift", "drift, nats"),
     ):  # fmt: skip
-        values = [_number((side.get("test") or {}).get(name)) for side in (run, baseline)]
+        values = [_number((side.get("evaluation") or {}).get(name)) for side in (run, baseline)]
         if any(values):
             rows.append((title, *values))
     if rows:

@@ -143,7 +143,11 @@ def tune(
         )
         if wait:
             err().print(f"job {job.id}", style="dim")
-            job = here.client.wait(job, timeout_s=timeout, on_progress=bar.told)
+            try:
+                job = here.client.wait(job, timeout_s=timeout, on_progress=bar.told)
+            except KeyboardInterrupt:
+                err().print(f"the job goes on without you; follow it: kdpo watch {job.id}")
+                raise
         if output is not None:
             bring(here.client, job, output)
     _tell(job, output, as_json=as_json)

@@ -74,6 +74,9 @@ def test_from_a_file_to_a_checkpoint(tmp_path: Path, small_dataset: Path) -> Non
         assert tuned.returncode == 0, tuned.stderr
         check_sums(tmp_path / "commanded")
         job_id = json.loads(tuned.stdout)["id"]
+        shown = kdpo(tmp_path, "watch", job_id, **named)
+        assert shown.returncode == 0, shown.stderr
+        assert "calibrated log-loss" in shown.stdout
         watched = kdpo(tmp_path, "watch", job_id, "--after", "0", "--json", **named)
         assert watched.returncode == 0, watched.stderr
         events = [json.loads(line)["event"] for line in watched.stdout.splitlines()]
