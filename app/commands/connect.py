@@ -60,12 +60,14 @@ def connected(
     local: bool = False,
     data_dir: Path | None = None,
     works: bool = False,
+    stays: bool = False,
 ) -> Iterator[Connection]:
     """Connect to the server that is meant.
 
     A server that was named is used as it is. Otherwise the one on this machine is used, with a key
     that is made for the command when none was given. Where none runs, one is started until the
-    command ends: with workers when `works`, and else only to read what is in the data folder.
+    command ends: with workers when `works`, and else only to read what is in the data folder. What
+    needs a server that `stays` gets none that ends.
     """
     named = url or os.environ.get(URL_VARIABLE)
     key = api_key or os.environ.get(KEY_VARIABLE)
@@ -93,6 +95,8 @@ def connected(
             settings = own.local_settings(data_dir)
             if runs:
                 key = stack.enter_context(own.temporary_key(settings))
+            elif stays:
+                _leaves_no_server()
             elif works or own.has_data(settings):
                 own.check_can_serve(settings, workers=works)
                 key = stack.enter_context(own.temporary_key(settings, first=True))
@@ -126,6 +130,14 @@ def _is_kdpo(url: str) -> bool:
         return answer.is_success and answer.json().get("name") == "kdpo"
     except (httpx.HTTPError, ValueError):
         return False
+
+
+def _leaves_no_server() -> NoReturn:
+    leave(
+        Exit.USAGE,
+        "--no-wait leaves the job to a server, and one of this command's own would end",
+        "start one with `kdpo serve`, or wait",
+    )
 
 
 def _nobody(url: str, root: Path) -> NoReturn:

@@ -119,14 +119,8 @@ def tune(
     as_file(data)
     with ExitStack() as stack:
         here = stack.enter_context(
-            connected(url, api_key, local=local, data_dir=data_dir, works=True)
+            connected(url, api_key, local=local, data_dir=data_dir, works=True, stays=not wait)
         )
-        if here.ends_with_command and not wait:
-            leave(
-                Exit.USAGE,
-                "--no-wait leaves the job to a server, and the one of this command would end",
-                "start one with `kdpo serve`, or wait",
-            )
         _say_own(here)
         bar = stack.enter_context(job_bar("fine-tuning"))
         job = here.client.fine_tune(
