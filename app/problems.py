@@ -48,7 +48,10 @@ EXPLANATIONS = {
     "invalid_input": "The request can be read and says something that cannot be done; `errors` "
     "points at each place.",
     "job_not_cancellable": "Only a job that has not ended can be cancelled.",
+    "job_not_pausable": "Only a queued or running job that is not to be cancelled can be paused.",
     "job_not_resumable": "The job has ended. Only a paused job can be resumed.",
+    "job_not_retryable": "Only a job that has failed or was cancelled can be retried, and not one "
+    "that validates data.",
     "line_too_long": "A line of the file is longer than this server takes.",
     "link_expired": "The time of the signed link is over. Ask for another one.",
     "link_invalid": "The signature of the link does not fit what it links to.",
