@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from app.conditional import etag_matches
 from core.errors import NotFound
 
 router = APIRouter(include_in_schema=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from core.lifecycle import AttemptOutcome, JobKind, JobStatus
+from core.queue import QueueName
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence, JobRepository
@@ -53,9 +54,8 @@ def test_a_queued_job_is_paused_at_once(world: World, path: str) -> None:
     assert (paused["status"], paused["pause_requested"], paused["error"]) == ("paused", False, None)
     assert world.post(f"{path}/{job}/pause", json={}).json()["status"] == "paused"
     with world.database.transaction() as session:
-        assert JobRepository(session).claim(
-            Job.queue.type.enum("gpu"), worker_id="wrk_a", lease_s=60.0  # type: ignore[attr-defined]
-        ) is None  # fmt: skip
+        jobs = JobRepository(session)
+        assert jobs.claim(QueueName.GPU, worker_id="wrk_a", lease_s=60.0) is None
     assert world.post(f"{path}/{job}/resume").json()["status"] == "queued"
     assert world.claim(JobKind.TRAINING).job_id == job
 
