@@ -82,7 +82,7 @@ def serve(settings: Settings, *, workers: bool, parent_pipe: bool) -> None:
             f"`kdpo serve` runs mode embedded, KDPO_MODE is {settings.mode.value}",
             hint="run `kdpo migrate`, `kdpo api` and `kdpo worker --queue …` instead",
         )
-    with _listener(settings) as listener:
+    with listening(settings) as listener:
         upgrade(settings.database_url)
         console = Console(highlight=False, soft_wrap=True)
         _announce(console, settings, listener)
@@ -103,7 +103,7 @@ def api(settings: Settings) -> None:
     Raises:
         Unavailable: the port is taken.
     """
-    with _listener(settings) as listener, _terminable():
+    with listening(settings) as listener, _terminable():
         _run(settings, listener)
 
 
@@ -246,11 +246,13 @@ def _url(settings: Settings, listener: socket.socket) -> str:
 
 
 @contextmanager
-def _listener(settings: Settings) -> Iterator[socket.socket]:
+def listening(settings: Settings) -> Iterator[socket.socket]:
     """Bind before anything starts, so that a taken port is the first thing to be said."""
     host, port = settings.api.host, settings.api.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # asyncio switches Nagle's algorithm off for sockets that name TCP; else an answer in two parts
+    # waits 40 ms for the client's acknowledgement of the first.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
