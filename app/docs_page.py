@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
+from app.responses import etag_matches
 from core.errors import NotFound
 
 router = APIRouter(include_in_schema=False)
