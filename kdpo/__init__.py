@@ -1,4 +1,4 @@
-"""The Python client of kdpo: `Client` and, for asyncio or trio, `AsyncClient`."""
+"""The Python client of kdpo: `Client` and, for asyncio, `AsyncClient`."""
 
 from kdpo.aio import AsyncClient
 from kdpo.client import Client

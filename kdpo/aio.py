@@ -1,4 +1,4 @@
-"""The client that is awaited, under asyncio or trio."""
+"""The client that is awaited."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack

@@ -81,7 +81,15 @@ def test_from_a_file_to_a_checkpoint(tmp_path: Path, small_dataset: Path) -> Non
         assert watched.returncode == 0, watched.stderr
         events = [json.loads(line)["event"] for line in watched.stdout.splitlines()]
         assert [e["type"] for e in events if e][-1] == "done"
-        listed = kdpo(tmp_path, "jobs", "list", "--json", **named)
+        refusals = {"job_nobody": (3, named), "x": (4, {**named, "KDPO_API_KEY": "dk-live-x"})}
+        for wanted, (code, environment) in refusals.items():
+            refused = kdpo(tmp_path, "jobs", "get", wanted, **environment)
+            assert (refused.returncode, refused.stdout) == (code, ""), refused.stderr
+            assert "request id: req_" in refused.stderr
+        # Who may write the database of the server on this machine needs no key.
+        here = {"KDPO_API__PORT": str(service.port), "KDPO_DATA_DIR": str(tmp_path / "data")}
+        listed = kdpo(tmp_path, "jobs", "list", "--json", **here)
+        assert listed.returncode == 0, listed.stderr
         assert job_id in {job["id"] for job in json.loads(listed.stdout)}
 
 
