@@ -144,34 +144,26 @@ class DownloadFailed(KdpoClientError):
 class _JobEnded(KdpoClientError):
     def __init__(self, job: Job) -> None:
         error = job.error
-        said = "" if error is None else f": {error.message} ({error.code})"
-        super().__init__(
-            f"{job.kind} job {job.id} {self._said}{said}",
-            hint=None if error is None else error.hint,
-        )
+        why = "" if error is None else f": {error.message} ({error.code})"
+        how = _ENDED.get(job.status, f"is {job.status}")
+        hint = None if error is None else error.hint
+        super().__init__(f"{job.kind} job {job.id} {how}{why}", hint=hint)
         self.job = job
-
-    _said = ""
 
 
 class JobFailed(_JobEnded):
     """A job that was waited for has failed; `job.error` says why."""
 
-    _said = "has failed"
-
 
 class JobCancelled(_JobEnded):
     """A job that was waited for was cancelled."""
 
-    _said = "was cancelled"
-
 
 class JobPaused(_JobEnded):
-    """A job that was waited for is paused and goes on only when somebody resumes it."""
-
-    _said = "is paused"
+    """A job that was waited for is paused, or a draft, and goes on when somebody resumes it."""
 
 
+_ENDED: Mapping[str, str] = {"failed": "has failed", "cancelled": "was cancelled"}
 _OF_STATUS: Mapping[int, type[ApiError]] = {
     400: BadRequest,
     401: Unauthenticated,

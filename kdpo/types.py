@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
+RESTS = frozenset({"paused", "draft"})
 
 
 class Thing(BaseModel):
@@ -99,6 +100,11 @@ class Job(Thing):
     def ended(self) -> bool:
         """Whether the job has ended, whatever the way."""
         return self.status in ENDED
+
+    @property
+    def rests(self) -> bool:
+        """Whether the job goes on only when somebody resumes it."""
+        return self.status in RESTS
 
     @property
     def checkpoint_id(self) -> str | None:

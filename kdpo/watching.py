@@ -121,7 +121,7 @@ def verdict(job: Job) -> Job:
             raise JobFailed(job)
         case "cancelled":
             raise JobCancelled(job)
-        case "paused":
+        case "paused" | "draft":
             raise JobPaused(job)
         case _:
             return job
@@ -134,7 +134,7 @@ def get_job(job_id: str, policy: Policy) -> Flow[Job]:
 
 
 def _is_over(job: Job) -> bool:
-    return job.ended or job.status == "paused"
+    return job.ended or job.rests
 
 
 # ------------------------------------------------------------------ streams
@@ -196,7 +196,7 @@ def _events(
                 state.job = yield from get_job(state.job.id, state.policy)
             if event is not None or state.job != before:
                 yield Emit(Update(job=state.job, event=event))
-            if said.type == "done" or state.job.status == "paused":
+            if said.type == "done" or state.job.rests:
                 return True
         state.clock.check(state.job)
     return False

@@ -170,7 +170,12 @@ def test_no_question_is_kept_beyond_the_time() -> None:
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [("failed", JobFailed), ("cancelled", JobCancelled), ("paused", JobPaused)],
+    [
+        ("failed", JobFailed),
+        ("cancelled", JobCancelled),
+        ("paused", JobPaused),
+        ("draft", JobPaused),
+    ],
 )
 def test_verdict_on_a_job_without_success(status: str, error: type[Exception]) -> None:
     found = Job.model_validate(
