@@ -1,13 +1,10 @@
 """Fine-tuning jobs in OpenAI's form."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Response
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
-from sqlalchemy.orm import Session
 
 from app.checkpoint_views import CheckpointView, checkpoint_view
 from app.conditional import CONDITIONAL_RESPONSES, JobAnswers
@@ -159,7 +156,7 @@ def queue_fine_tuning(
     with database.reading() as session:
         training_data(session, owner_id, body.data)
     spec = _job_spec(body, settings, accepted)
-    with _kept(database, dry_run=dry_run) as session:
+    with database.transaction() as session:
         data = training_data(session, owner_id, body.data, lock=True)
         job = JobRepository(session).create(
             owner_id=owner_id,
@@ -173,26 +170,12 @@ def queue_fine_tuning(
             draft=not body.auto_start,
         )
         view = fine_tuning_job(session, job)
+        if dry_run:
+            session.rollback()
     if dry_run:
         return view.model_copy(update={"dry_run": True})
     relay_now(database, queue)
     return view
-
-
-class _UndoneError(Exception):
-    """Ends a transaction whose work is only to be seen."""
-
-
-@contextmanager
-def _kept(database: Database, *, dry_run: bool) -> Iterator[Session]:
-    """Give a transaction; that of a dry run is rolled back."""
-    try:
-        with database.transaction() as session:
-            yield session
-            if dry_run:
-                raise _UndoneError
-    except _UndoneError:
-        return
 
 
 def _job_spec(
