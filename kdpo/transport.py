@@ -16,6 +16,7 @@ DEFAULT_URL = "http://127.0.0.1:8321"
 URL_VARIABLE = "KDPO_BASE_URL"
 KEY_VARIABLE = "KDPO_API_KEY"
 CONNECT_S = 10.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def httpx_options(to: Address) -> dict[str, Any]:
     headers = {"User-Agent": f"kdpo-python/{_version()}", "Accept": "application/json"}
     if to.api_key is not None:
         headers["Authorization"] = f"Bearer {to.api_key}"
-    return {"base_url": to.base_url, "headers": headers}
+    # A proxy of the environment cannot reach this machine's loopback.
+    is_here = httpx.URL(to.base_url).host in LOOPBACK
+    return {"base_url": to.base_url, "headers": headers, "trust_env": not is_here}
 
 
 def httpx_request(to: Address, request: Request, file: BinaryIO | None) -> dict[str, Any]:

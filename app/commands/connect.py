@@ -13,10 +13,9 @@ import typer
 from app.commands.exits import Exit, leave
 from kdpo.client import Client
 from kdpo.errors import UnexpectedAnswer
-from kdpo.transport import KEY_VARIABLE, URL_VARIABLE
+from kdpo.transport import KEY_VARIABLE, LOOPBACK, URL_VARIABLE
 
 DEFAULT_PORT = "8321"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOOK_S = 2.0
 # A server that was there once may be restarted meanwhile: these tries take half a minute.
 PATIENCE = 8

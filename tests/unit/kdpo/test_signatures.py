@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kdpo import AsyncClient, Client, InvalidArgument, Job
+from kdpo import AsyncClient, Client, ConnectionFailed, InvalidArgument, Job
 from kdpo.calls import call, listing
 from kdpo.flows import Request
 from kdpo.transport import address, httpx_request
@@ -113,6 +114,26 @@ def test_settings_come_from_arguments_then_variables(monkeypatch: pytest.MonkeyP
     for url, seconds in (("localhost:8321", 5.0), ("http://x", 0.0)):
         with pytest.raises(InvalidArgument):
             address(url, None, timeout_s=seconds, max_retries=0)
+
+
+def test_a_proxy_of_the_environment_is_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_answer_once, args=(server,))
+        thread.start()
+        with Client(f"http://127.0.0.1:{server.getsockname()[1]}", max_retries=0) as client:
+            assert client.jobs.get("job_1").ended
+        thread.join()
+    with Client("http://kdpo.invalid", max_retries=0) as client, pytest.raises(ConnectionFailed):
+        client.jobs.get("job_1")
+
+
+def _answer_once(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65536)
+        body = b'{"id": "job_1", "status": "succeeded"}'
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
 
 def test_queries_leave_out_what_is_not_set() -> None:
