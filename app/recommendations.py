@@ -1,5 +1,6 @@
 """Recommendations: which kernel and divergence fit a dataset under a model, and why."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -22,6 +23,7 @@ from app.deps import (
     ReadsJobs,
     WritesJobs,
 )
+from app.filters import Filter
 from app.fine_tuning import (
     Accepted,
     CreateFineTuningJob,
@@ -61,7 +63,6 @@ from core.spec import PenaltyTerm, SpecModel
 from models.experiment import RecommendationRow
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
-from models.repositories.job_pages import JobFilter
 from models.repositories.jobs import JobRepository
 from models.session import Database
 
@@ -169,13 +170,12 @@ def _asked_for(database: Database, owner_id: str, job_id: str, prefer: Patience 
 
 @router.get("", operation_id="list_recommendations")
 def list_recommendations(
-    caller: ReadsJobs, database: Db, query: PageOf, lists: Lists
+    caller: ReadsJobs, database: Db, query: PageOf, where: Filter, lists: Lists
 ) -> ListOf[RecommendationView]:
     """List the recommendations that were asked for, newest first."""
+    where = replace(where, kind=JobKind.RECOMMENDATION)
     with database.reading() as session:
-        page = JobRepository(session).page(
-            caller.owner_id, query, JobFilter(kind=JobKind.RECOMMENDATION)
-        )
+        page = JobRepository(session).page(caller.owner_id, query, where)
         experiments = ExperimentRepository(session)
         views = [
             recommendation_view(session, job, experiments.recommendation_of(job.id))

@@ -232,6 +232,11 @@ def test_filters(database_url: str, tmp_path: Path) -> None:
         assert found("/v1/jobs", parent=ids[0]) == [ids[1]]
         assert found("/v1/jobs", parent=ids[0], kind="dataset") == []
         check_problem(world.get("/v1/datasets?metadata[a]=1"), 422, "unknown_parameter")
+        body = {"model": MODEL, "dataset_id": dataset, "metadata": {"team": "r"}}
+        asked = world.post("/v1/recommendations", json=body).json()["id"]
+        for value, expected in (("r", [asked]), ("x", [])):
+            listed = world.get("/v1/recommendations", params={"metadata[team]": value}).json()
+            assert [one["id"] for one in listed["data"]] == expected
         first = world.get("/v1/jobs?metadata[run]=1&limit=1")
         rest = world.get(first.links["next"]["url"])
         assert [one["id"] for one in (first.json()["data"] + rest.json()["data"])] == [
