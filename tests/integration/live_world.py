@@ -51,7 +51,9 @@ def live_api(database_url: str, tmp_path: Path, **settings: Any) -> Iterator[Liv
     app = create_app(made)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
     server = Server(app, config)
-    listener = socket.create_server(("127.0.0.1", 0))
+    # With the protocol named, as `kdpo serve` does: asyncio sends small answers at once only then.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
