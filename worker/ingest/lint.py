@@ -1,11 +1,13 @@
 """Checks of the data as a whole, each `ok` or `warn`."""
 
 from worker.ingest.faults import RowCode
+from worker.ingest.similar import MOST_PROMPTS
 from worker.ingest.tally import CodeTally, Tally
 
 LENGTH_BIAS_LIMIT = 0.5
 # Below this part of all, the count is shown without a warning.
 NEAR_DUPLICATE_LIMIT = 0.01
+EVAL_SIMILAR_LIMIT = 0.01
 PROMPT_LEAK_LIMIT = 0.01
 TIE_LIMIT = 0.5
 
@@ -37,6 +39,17 @@ def lint(tally: Tally) -> list[Check]:
             overlap.across,
             overlap.lines_across,
             "of these prompts lie in another split than their twin: held-out scores flatter",
+        ),
+        _part(
+            _counted(
+                "eval_similar",
+                overlap.similar.prompts,
+                overlap.similar.lines,
+                "held-out prompts have nearly the wording of a prompt in another split"
+                + ("" if overlap.similar.complete else f"; of the first {MOST_PROMPTS:,} prompts"),
+            ),
+            of=overlap.similar.compared,
+            limit=EVAL_SIMILAR_LIMIT,
         ),
         _part(
             _tallied(

@@ -1,4 +1,4 @@
-"""Prompts that differ in case, white space and punctuation only, and the splits they lie in."""
+"""Prompts that are nearly the same text, and the splits they lie in."""
 
 import hashlib
 import re
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from worker.ingest.canonical import CanonicalRow, Split
+from worker.ingest.similar import Similar, SimilarIndex
 from worker.ingest.spool import TemporaryFiles
 
 _PARTS = 32
@@ -21,12 +22,16 @@ _PASSED_OVER = re.compile(r"[\s.,;:!?'\"`´’‘“”…。，！？、]+")
 
 @dataclass
 class Overlap:
-    """How many prompts have a near twin, how many of those in another split, and first lines."""
+    """How many prompts have a near twin, how many of those in another split, and first lines.
+
+    A near twin differs in case, white space and punctuation only; `similar` is of wording.
+    """
 
     prompts: int = 0
     across: int = 0
     lines: list[int] = field(default_factory=list)
     lines_across: list[int] = field(default_factory=list)
+    similar: Similar = field(default_factory=Similar)
 
 
 class PromptIndex(TemporaryFiles):
@@ -35,18 +40,21 @@ class PromptIndex(TemporaryFiles):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._parts = [self.file() for _ in range(_PARTS)]
+        self._similar = SimilarIndex(self.file(), self.file())
 
     def add(self, row: CanonicalRow) -> None:
         """Add the prompt of a pair; one that was added is not counted again."""
         text = "\x00".join(message.content for message in row.prompt)
-        key = hashlib.sha256(_PASSED_OVER.sub(" ", text.casefold()).strip().encode()).digest()[:16]
+        text = _PASSED_OVER.sub(" ", text.casefold()).strip()
+        key = hashlib.sha256(text.encode()).digest()[:16]
         self._parts[key[0] * _PARTS >> 8].write(
             _RECORD.pack(key, bytes.fromhex(row.group_id)[:16], _SPLITS.index(row.split), row.line)
         )
+        self._similar.add(row, text)
 
     def overlap(self, *, keep: int) -> Overlap:
         """Count the prompts with a near twin; keep so many lines."""
-        found = Overlap()
+        found = Overlap(similar=self._similar.similar(keep=keep))
         for part in range(_PARTS):
             for prompts in self._families(part):
                 splits = {split for split, _ in prompts.values()}

@@ -67,6 +67,7 @@ def test_report_has_the_documented_shape(run, lines, good):
         "tie",
         "near_duplicate",
         "eval_overlap",
+        "eval_similar",
         "prompt_leak",
     ]
     shown = [entry["canonical"] for entry in report["preview"]]
