@@ -52,6 +52,8 @@ SETTINGS = (
 SPLIT_SEED = 0
 HELD_OUT = {"validation": 0.49, "test": 0.02}
 LONGEST = 80
+LONGER = {"hh-harmless": 96}
+"""Tokens of the longest pair, of datasets that have too few of the usual length."""
 TRAIN_PAIRS = 300
 VALIDATION_PAIRS = 160
 RUNG_PAIRS = 64
@@ -62,6 +64,12 @@ BUDGET: dict[str, Any] = selection_cases.BUDGET | {
     "validation_pairs": VALIDATION_PAIRS, "rung_pairs": RUNG_PAIRS,
 }  # fmt: skip
 """What every run has; the warm-up is one step, so that no rung lies within it."""
+
+
+def budget_of(data: str) -> dict[str, Any]:
+    """What runs on a dataset have."""
+    return BUDGET | {"longest": LONGER.get(data, LONGEST)}
+
 
 Row = dict[str, Any]
 
@@ -81,7 +89,7 @@ class Todo:
         """What its rows are of."""
         return {
             "data": self.source.name, "sha256": self.source.sha256, "seed": self.seed,
-            "budget": BUDGET,
+            "budget": budget_of(self.source.name),
         }  # fmt: skip
 
 
@@ -185,13 +193,14 @@ def measured(case: OpenCase, todo: Todo) -> Iterator[Row]:
 
 def opened(policy: Policy, source: Source, scratch: Path) -> OpenCase:
     """The pairs of a dataset that runs are made of, and its reference."""
+    longest = LONGER.get(source.name, LONGEST)
     case = open_case(
         policy, source.path, seed=SPLIT_SEED, scratch=scratch, steps=STEPS, held_out=HELD_OUT,
-        longest=LONGEST, train_pairs=TRAIN_PAIRS, validation_pairs=VALIDATION_PAIRS,
+        longest=longest, train_pairs=TRAIN_PAIRS, validation_pairs=VALIDATION_PAIRS,
     )  # fmt: skip
     if len(case.validation) < VALIDATION_PAIRS:
         raise SystemExit(
-            f"{source.path} leaves {len(case.validation)} pairs of at most {LONGEST} tokens for "
+            f"{source.path} leaves {len(case.validation)} pairs of at most {longest} tokens for "
             f"validation; a table wants {VALIDATION_PAIRS}: leave it out with --datasets"
         )
     plan = replace(case.plan, batch_size=BATCH, warmup_steps=BUDGET["warmup_steps"])

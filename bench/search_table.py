@@ -8,7 +8,7 @@ one seed on one half of the validation prompts and is judged by the other seed o
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from bench import selection_cases
-from bench.search_record import BUDGET, RUNGS, SETTINGS
+from bench.search_record import BUDGET, RUNGS, SETTINGS, budget_of
 from bench.search_world import Floats, Ints, Shown, World, Worth, arms_of
 from bench.selection_cases import PAIRS, PLAIN
 from core.profile import DatasetProfile
@@ -78,7 +78,7 @@ def worlds(
     rows: Sequence[Row], *, budget: Row, rungs: Sequence[int]
 ) -> tuple[list[World], list[str]]:
     """Every dataset and seed of a table with one setting, and sentences about what is lacking."""
-    runs, profiles = _by_key(rows, budget)
+    runs, profiles = _by_key(rows, lambda _: budget)
     found: list[World] = []
     told: list[str] = []
     for key in sorted(runs):
@@ -184,7 +184,7 @@ def _measured(margins: Floats, group: Ints, *, drift: float) -> Measured:
 
 def cases(rows: Sequence[Row]) -> tuple[list[Case], list[str]]:
     """Every dataset that has at least one whole setting, and sentences about the others."""
-    runs, profiles = _by_key(rows, BUDGET)
+    runs, profiles = _by_key(rows, budget_of)
     found: list[Case] = []
     told: list[str] = []
     for key in sorted(runs):
@@ -251,13 +251,13 @@ def _world_of(case: Case, *, sees: int, half: int) -> World:
 
 
 def _by_key(
-    rows: Iterable[Row], budget: Row
+    rows: Iterable[Row], expected: Callable[[str], Row]
 ) -> tuple[dict[Key, list[Row]], dict[tuple[Key, int], Row]]:
     """Runs by dataset, and the newest profile by dataset and seed."""
     runs: dict[Key, list[Row]] = defaultdict(list)
     profiles: dict[tuple[Key, int], Row] = {}
     for row in rows:
-        if row.get("budget") != budget:
+        if "budget" not in row or row["budget"] != expected(row["data"]):
             continue
         key = (row["data"], row["sha256"])
         if row["kind"] == "run":
