@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test soak openapi test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test soak openapi test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-auto bench-recommend golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -105,6 +105,10 @@ bench-search: setup ## Replay search strategies on recorded runs (FULL=1: measur
 # DATA=folder has hh-harmless.jsonl.gz; without it another folder is tried, then the shipped sample.
 bench-recommend: setup ## Time a recommendation from its upload on (a minute; FULL=1: all sizes)
 	@$(BIN)/python -m bench.recommend $(if $(FULL),--full) $(if $(DATA),--data $(DATA))
+
+# DATA=folder has truthfulqa.jsonl.gz; without it another folder is tried, then the shipped sample.
+bench-auto: setup ## Time a whole auto job, and compare its quote with its cost (minutes)
+	@$(BIN)/python -m bench.auto $(if $(DATA),--data $(DATA))
 
 golden: setup ## Write the golden trajectory anew (say in the commit why the numbers moved)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.unit.worker.training.golden

@@ -1,8 +1,9 @@
 """A whole `auto` job through a real server: how long it takes, and what was promised.
 
-`make bench-auto` starts the embedded service in a fresh folder, uploads the shipped TruthfulQA
-sample, asks for an `auto` job under tiny-lm with everything left to its defaults, and reports what
-the quotes said, what the search then cost, and how many minutes the job took.
+`make bench-auto` starts the embedded service in a fresh folder, uploads `truthfulqa` (the shipped
+sample of it where the whole is not at hand), asks for an `auto` job under tiny-lm with everything
+left to its defaults, and reports what the quotes said, what the search then cost, and how many
+minutes the job took.
 """
 
 import argparse
@@ -17,20 +18,36 @@ from typing import Any
 
 import httpx
 
-from bench.recommend import SAMPLE, TINY, Source, body_of, pause, service, upload, write
-from bench.report import ROOT, worst
+from bench.recommend import NEIGHBOUR, SAMPLE, TINY, Source, body_of, pause, service, upload, write
+from bench.report import PAGE, ROOT, goal_table, publish_block, worst
 from bench.train import environment
 
 SUMMARY = ROOT / "bench" / "results" / "auto.json"
-PAIRS = 600
+WANTED = "truthfulqa.jsonl.gz"
+BEGIN, END = "<!-- auto: begin -->", "<!-- auto: end -->"
 
 Row = dict[str, Any]
 
 
-def measure(scratch: Path, *, search: Row) -> Row:
+def find(folder: Path | None) -> Source:
+    """truthfulqa of a folder; without one the shipped sample of it.
+
+    Raises:
+        SystemExit: the named folder has no truthfulqa.
+    """
+    path = (folder or NEIGHBOUR) / WANTED
+    if path.is_file():
+        return Source("truthfulqa", path)
+    if folder is not None:
+        raise SystemExit(f"{folder} has no {WANTED}; name a folder that has it, or none at all")
+    return Source("truthfulqa-600", SAMPLE)
+
+
+def measure(source: Source, scratch: Path, *, search: Row) -> Row:
     """Run one job; seconds are of this client's clock, device seconds the study's."""
     path = scratch / "pairs.jsonl"
-    sha256 = write(Source("truthfulqa-600", SAMPLE), PAIRS, path)
+    size = len(source.rows())
+    sha256 = write(source, size, path)
     load = os.getloadavg()[0]
     with service(scratch) as (client, _):
         dataset, _, _ = upload(client, path)
@@ -40,7 +57,8 @@ def measure(scratch: Path, *, search: Row) -> Row:
         study = body_of(client.get(f"/v1/studies/{job['study_id']}"))
     result = job["result"]
     return {
-        "data": "truthfulqa-600",
+        "data": source.name,
+        "pairs": size,
         "sha256": sha256,
         "load": load,
         "search": search,
@@ -76,28 +94,51 @@ def goals(row: Row) -> list[Row]:
         if quote["p50"] > 0.0
     }
     return [
-        worst("minutes of a whole auto job", "<= 10", {"truthfulqa-600": row["seconds"] / 60.0}),
+        worst("minutes of a whole auto job", "<= 10", {row["data"]: row["seconds"] / 60.0}),
         worst("search: cost against the quote, percent off", "<= 25", off),
     ]
+
+
+def block(found: Row) -> str:
+    """What the page shows of a kept run."""
+    row, where = found["run"], found["environment"]
+    promised = "; ".join(
+        f"{quote['at']}: {quote['p50']:.0f} s (P90 {quote['p90']:.0f} s)" for quote in row["quotes"]
+    )
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in row["steps"].items())
+    summary = row["summary"]
+    about = (
+        f"Measured on {where['cpu']}, {where['cores']} cores, torch {where['torch']}, tiny-lm, "
+        f"{row['data']} ({row['pairs']:,} pairs), load average before: {row['load']:.1f}."
+    )
+    said = (
+        f"The whole job took {row['seconds']:.0f} s ({parts}). The search had been quoted at "
+        f"{promised}, and cost {row['spent']:.0f} device seconds. {summary['trials']} trials, "
+        f"{summary['sentence']}"
+    )
+    return "\n\n".join([BEGIN, about, goal_table(found["goals"]), said, END])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", help="of the search; default: what the service takes")
     parser.add_argument("--gpu-seconds", type=float, help="budget of the search")
+    parser.add_argument("--data", type=Path, help=f"folder with {WANTED}")
     options = parser.parse_args()
     # The service is stopped and the scratch folder removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    search = {"shape": options.shape, "gpu_seconds": options.gpu_seconds}
+    asked = {"shape": options.shape, "gpu_seconds": options.gpu_seconds}
+    search = {name: value for name, value in asked.items() if value is not None}
+    source = find(options.data)
+    print(f"an auto job on {source.name}; this takes minutes", flush=True)
     with tempfile.TemporaryDirectory(prefix="kdpo-bench-") as scratch:
-        row = measure(
-            Path(scratch), search={name: v for name, v in search.items() if v is not None}
-        )
+        row = measure(source, Path(scratch), search=search)
     found = {"environment": environment(), "run": row, "goals": goals(row)}
-    if not row["search"]:
+    print(block(found))
+    # Only the job that the goals speak of is kept.
+    if not search and source.name == "truthfulqa":
         SUMMARY.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name in ("seconds", "steps", "spent", "quotes"):
-        print(name, json.dumps(row[name]))
+        publish_block(PAGE, block(found))
     print(json.dumps({"goals": found["goals"]}))
 
 
