@@ -1,7 +1,9 @@
 """Studies: the searches that `auto` jobs run, their trials, and what they say."""
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
@@ -11,39 +13,42 @@ import orjson
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from app.deps import ID_PATTERN, TEXT_PATTERN, Db, PageOf, ReadsJobs
+from app.deps import ID_PATTERN, TEXT_PATTERN, Config, Db, PageOf, ReadsJobs
 from app.responses import ListOf, conditional, etag_matches, list_of, next_page
+from app.search_tasks import RaceFound
 from app.study_answers import (
     BestView,
     ImportanceView,
     ParetoView,
+    Standings,
     best_view,
     pareto_view,
+    steps_of,
 )
 from app.study_process import importance_task, journal_task, parquet_task, run_task
+from app.study_rungs import answer_rung, fullest_rung
 from app.study_table import csv_text, trial_table
 from app.study_tasks import Target
-from app.study_views import (
-    StudyView,
-    TrialDetail,
-    TrialView,
-    is_provisional,
-    study_views,
-    trial_detail,
-    trial_view,
-)
+from app.study_views import StudyView, is_provisional, search_summary, study_views
+from app.trial_views import TrialDetail, TrialView, trial_detail, trial_view
+from core.errors import InvalidInput
 from core.lifecycle import JobStatus, TrialStatus
+from core.results import SearchSummary
+from core.search_files import trials_folder
 from models.experiment import StudyRow, TrialRow
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.paging import PageQuery
-from models.repositories.studies import StudyRepository, TrialOrder
+from models.repositories.studies import Measurement, StudyRepository, TrialOrder
 from models.session import Database
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 
 StudyId = Annotated[str, Path(pattern=ID_PATTERN)]
+Rung = Annotated[
+    int | None, Query(ge=0, lt=100, description="compare what was measured at this one")
+]
 TrialNumber = Annotated[int, Path(ge=0, lt=2**31)]
 Seconds = Annotated[int | None, Query(ge=0, lt=2**53, description="unix seconds")]
 
@@ -138,35 +143,52 @@ def list_trials(
 def get_trial(
     request: Request, caller: ReadsJobs, database: Db, study_id: StudyId, number: TrialNumber
 ) -> Response:
-    """Return one trial with its constraints and where its training curves are."""
+    """Return one trial with its constraints, its way from rung to rung and where its curves are."""
     with database.reading() as session:
         study = ExperimentRepository(session).study(caller.owner_id, study_id)
-        view = trial_detail(StudyRepository(session).trial(study.id, number), study)
+        studies = StudyRepository(session)
+        trial = studies.trial(study.id, number)
+        view = trial_detail(trial, study, studies.tasks(trial.id))
     return conditional(request, view)
 
 
 @router.get("/{study_id}/best", operation_id="get_best_trial", response_model=BestView)
 def get_best_trial(
-    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId
+    request: Request, caller: ReadsJobs, database: Db, settings: Config, study_id: StudyId
 ) -> Response:
     """Return the best trial within the constraints, its ties, and plain DPO beside it.
 
     There is an answer at any time; `provisional` says whether the search goes on.
     """
-    with database.reading() as session:
-        study = ExperimentRepository(session).study(caller.owner_id, study_id)
-        job = JobRepository(session).get(caller.owner_id, study.job_id)
-        view = best_view(session, study, job, ExperimentRepository(session).trials(study.id))
-    return conditional(request, view)
+    read = _read(database, caller.owner_id, study_id)
+    standings = Standings(read.study, read.measured, read.trials)
+    verdict = None if read.summary is None else read.summary.winner_trial
+    folder = trials_folder(settings.artifact_dir, read.job.id)
+    task = standings.race(folder, verdict=verdict)
+
+    def compute() -> bytes:
+        race = RaceFound.model_validate_json(run_task(task))
+        return best_view(standings, read.job, race, read.summary).model_dump_json().encode()
+
+    views = tuple(standings.view_of(config) for config in standings.configs)
+    facts = (read.job.status, read.job.result, read.study.ended_at, read.summary)
+    return _computed(request, compute, of=(task, *views, *facts), headers=_JSON)
 
 
 @router.get("/{study_id}/pareto", operation_id="get_pareto_front", response_model=ParetoView)
 def get_pareto_front(
-    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId
+    request: Request, caller: ReadsJobs, database: Db, study_id: StudyId, rung: Rung = None
 ) -> Response:
-    """Return which trials no other one beats in log-loss, drift and GPU-seconds at once."""
-    study, rows, provisional = _read(database, caller.owner_id, study_id)
-    return conditional(request, pareto_view(study, rows, provisional=provisional))
+    """Return which configurations no other one beats in log-loss, drift and GPU-seconds at once.
+
+    Those that were measured at one rung are compared; without `rung` at the one of `/best`.
+    """
+    read = _read(database, caller.owner_id, study_id)
+    rung = answer_rung(read.measured, read.study.plan) if rung is None else read.rung(rung)
+    view = pareto_view(
+        read.study, read.measured, read.trials, rung=rung, provisional=read.provisional
+    )
+    return conditional(request, view)
 
 
 @router.get("/{study_id}/importance", operation_id="get_importance", response_model=ImportanceView)
@@ -178,27 +200,34 @@ def get_importance(
     target: Annotated[Target, Query(description="what the best trials have a low one of")] = (
         "log_loss"
     ),
+    rung: Rung = None,
 ) -> Response:
-    """Return which parameters set the best trials apart, and which only seem to."""
-    study, rows, provisional = _read(database, caller.owner_id, study_id)
-    task = importance_task(rows, target)
+    """Return which parameters set the best trials apart, and which only seem to.
+
+    Those that were measured at one rung are compared; without `rung` where most trials were.
+    """
+    read = _read(database, caller.owner_id, study_id)
+    rung = fullest_rung(read.measured) if rung is None else read.rung(rung)
+    there = [one for one in read.measured if one.rung == rung and math.isfinite(one.log_loss)]
+    task = importance_task(list(read.trials.values()), there, target)
 
     def compute() -> bytes:
         found = orjson.loads(run_task(task))
         view = ImportanceView(
-            study_id=study.id,
-            provisional=provisional,
+            study_id=read.study.id,
+            provisional=read.provisional,
+            rung=rung,
+            steps=steps_of(read.study, rung),
             target=target,
             data=found.pop("parameters"),
             **found,
         )
         return view.model_dump_json().encode()
 
-    return _computed(
-        request, compute, of=(task, provisional), headers={"Content-Type": "application/json"}
-    )
+    return _computed(request, compute, of=(task, rung, read.provisional), headers=_JSON)
 
 
+_JSON = {"Content-Type": "application/json"}
 _CSV = "text/csv; charset=utf-8"
 _PARQUET = "application/vnd.apache.parquet"
 _LINES = "application/x-ndjson"
@@ -234,7 +263,8 @@ def export_study(
     ] = ExportFormat.CSV,
 ) -> Response:
     """Download all trials: a table with a row each, or a study that Optuna's own tools open."""
-    study, rows, _ = _read(database, caller.owner_id, study_id)
+    read = _read(database, caller.owner_id, study_id)
+    study, rows = read.study, list(read.trials.values())
     match form:
         case ExportFormat.CSV:
             text = csv_text(trial_table(rows))
@@ -262,15 +292,48 @@ def _file(
     return _computed(request, compute, of=(of,), headers=headers)
 
 
-def _read(
-    database: Database, owner_id: str, study_id: str
-) -> tuple[StudyRow, list[TrialRow], bool]:
-    """Return a study, all its trials by number, and whether it goes on."""
+@dataclass(frozen=True)
+class _Read:
+    """All that is stored of a search: its trials by id in the order of their numbers."""
+
+    study: StudyRow
+    job: Job
+    trials: dict[str, TrialRow]
+    measured: list[Measurement]
+    summary: SearchSummary | None
+
+    @property
+    def provisional(self) -> bool:
+        return is_provisional(self.study, self.job)
+
+    def rung(self, number: int) -> int:
+        """Return the number of a rung that the search has.
+
+        Raises:
+            InvalidInput: it has none of that number.
+        """
+        last = len(self.study.plan.get("rungs", [])) - 1
+        if number > last:
+            raise InvalidInput(
+                f"rung is {number}; expected 0 to {last}, the rungs of study {self.study.id}",
+                param="rung",
+                hint="`plan.rungs` of the study says at which steps they are",
+            )
+        return number
+
+
+def _read(database: Database, owner_id: str, study_id: str) -> _Read:
     with database.reading() as session:
         experiments = ExperimentRepository(session)
         study = experiments.study(owner_id, study_id)
-        job: Job = JobRepository(session).get(owner_id, study.job_id)
-        return study, experiments.trials(study.id), is_provisional(session, job)
+        job = JobRepository(session).get(owner_id, study.job_id)
+        return _Read(
+            study=study,
+            job=job,
+            trials={row.id: row for row in experiments.trials(study.id)},
+            measured=StudyRepository(session).measurements([study.id])[study.id],
+            summary=search_summary(session, job),
+        )
 
 
 def _page(request: Request, views: list[Any], ids: list[str], *, has_more: bool) -> Response:

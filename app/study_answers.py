@@ -1,37 +1,37 @@
 """What a search says at any time: its best trial, its Pareto front, what mattered."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
-from sqlalchemy.orm import Session
 
 from app.responses import Schema
-from app.study_views import TrialView, is_provisional, search_summary, trial_view
-from core.lifecycle import JobStatus, TrialStatus
+from app.search_tasks import Basis, GainFound, RaceFound, Racer, RaceTask
+from app.study_rungs import Config, answer_rung, configs_at, measured_trials, plain_arm
+from app.study_views import is_provisional
+from app.trial_views import TRIAL_EXAMPLE, TrialView, trial_at
+from core.lifecycle import JobStatus
 from core.results import Comparison, SearchSummary
 from core.run_spec import CandidateSpec
+from core.search_files import groups_file, losses_file
 from models.experiment import StudyRow, TrialRow
 from models.job import Job
+from models.repositories.studies import Measurement
 from selection.front import non_dominated
-from selection.winner import FinishedTrial, Selection, select_winner
-
-# 97.5 % of a normal distribution lies below it.
-_Z = 1.959963984540054
 
 
 class Gain(Schema):
     """How much lower the best trial's log-loss is than plain DPO's, on validation pairs.
 
-    The interval (95 %) takes the two trials as independent. They share their pairs, so it is too
-    wide rather than too narrow; the paired one on test pairs is in `final`.
+    The interval (95 %) is `paired` by pair where the losses of both are kept. `independent` takes
+    the two trials as independent; they share their pairs, so it is too wide rather than too narrow.
     """
 
     log_loss: float = Field(description="plain DPO's minus the best trial's; above 0 is better")
     low: float | None = Field(description="null where a trial has no standard error")
     high: float | None
-    basis: Literal["independent"] | None
+    basis: Basis | None
 
 
 class BestView(Schema):
@@ -42,13 +42,13 @@ class BestView(Schema):
             "examples": [
                 {
                     "object": "study.best", "study_id": "study_01jd8", "job_id": "ftjob-01jd8",
-                    "status": "running", "provisional": True, "measured": 3, "best": None,
-                    "tied": [], "baseline": None,
-                    "gain": {
-                        "log_loss": 0.021, "low": -0.004, "high": 0.046, "basis": "independent"
-                    },
-                    "final": None,
-                    "sentence": "So far: trial 3 (rbf × kl (penalty)) has the lowest …",
+                    "status": "running", "provisional": True, "rung": 3, "steps": 1000,
+                    "measured": 3, "best": TRIAL_EXAMPLE, "tied": [], "baseline": None,
+                    "gain": {"log_loss": 0.021, "low": 0.004, "high": 0.038, "basis": "paired"},
+                    "basis": "paired", "final": None,
+                    "sentence": "So far: Trial 3 (rbf × jensen_shannon (penalty)) has the lowest "
+                    "feasible log-loss, 0.6112; chance of prompts and seeds does not explain how "
+                    "far the others lie off.",
                 }
             ]
         }
@@ -59,11 +59,20 @@ class BestView(Schema):
     job_id: str
     status: JobStatus
     provisional: bool
-    measured: int = Field(description="complete trials with a log-loss")
-    best: TrialView | None
+    rung: int | None = Field(
+        description="the highest that a pair has reached within the drift budget: what was "
+        "measured there is compared; null: nothing yet"
+    )
+    steps: int | None = Field(description="how long trials have trained at that rung")
+    measured: int = Field(description="configurations measured there, each with all its seeds")
+    best: TrialView | None = Field(description="as it was at that rung")
     tied: list[TrialView] = Field(description="not told apart from the best")
-    baseline: TrialView | None = Field(description="the best of plain DPO's trials")
+    baseline: TrialView | None = Field(description="the best of plain DPO's trials there")
     gain: Gain | None = Field(description="null without one of the two, or when they are the same")
+    basis: Basis | None = Field(
+        description="how the ties were found: `paired` by pair with second seeds, or from the "
+        "standard errors of `independent` trials; null: nothing was compared"
+    )
     final: Comparison | None = Field(
         description="winner against plain DPO, both trained in full, paired on test pairs"
     )
@@ -71,25 +80,28 @@ class BestView(Schema):
 
 
 class ParetoPoint(Schema):
-    """One measured trial in the three objectives, all of which are better when lower."""
+    """One configuration in the three objectives, all of which are better when lower."""
 
-    number: int
+    number: int = Field(description="of its trial with the seed of the search")
     label: str
-    log_loss: float
-    drift: float
-    gpu_seconds: float
+    log_loss: float = Field(description="mean over seeds")
+    drift: float = Field(description="largest over seeds")
+    gpu_seconds: float = Field(
+        description="of its way from the start to this rung; mean over seeds"
+    )
     feasible: bool
     on_front: bool
 
 
 class ParetoView(Schema):
-    """Which feasible trials no other one beats in quality, drift and cost at once."""
+    """Which feasible configurations no other one beats in quality, drift and cost at once."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
                     "object": "study.pareto", "study_id": "study_01jd8", "provisional": False,
+                    "rung": 3, "steps": 1000,
                     "objectives": ["log_loss", "drift", "gpu_seconds"], "front": [3, 0],
                     "left_out": 1,
                     "data": [
@@ -106,14 +118,16 @@ class ParetoView(Schema):
     object: Literal["study.pareto"] = "study.pareto"
     study_id: str
     provisional: bool
+    rung: int | None = Field(description="whose measurements are compared; null: there are none")
+    steps: int | None
     objectives: tuple[Literal["log_loss", "drift", "gpu_seconds"], ...] = (
         "log_loss",
         "drift",
         "gpu_seconds",
     )
     front: list[int] = Field(description="numbers of its trials, lowest log-loss first")
-    data: list[ParetoPoint] = Field(description="all measured trials by number")
-    left_out: int = Field(description="trials without a measurement to compare")
+    data: list[ParetoPoint] = Field(description="all configurations of the rung by number")
+    left_out: int = Field(description="trials without a measurement at this rung")
 
 
 class ParameterView(Schema):
@@ -136,6 +150,7 @@ class ImportanceView(Schema):
             "examples": [
                 {
                     "object": "study.importance", "study_id": "study_01jd8", "provisional": False,
+                    "rung": 0, "steps": 20,
                     "target": "log_loss", "method": "ped_anova", "trials": 40, "needed": 20,
                     "top_share": 0.125,
                     "data": [
@@ -154,6 +169,8 @@ class ImportanceView(Schema):
     object: Literal["study.importance"] = "study.importance"
     study_id: str
     provisional: bool
+    rung: int | None = Field(description="whose measurements are compared; null: there are none")
+    steps: int | None
     target: Literal["log_loss", "drift", "gpu_seconds"]
     method: Literal["ped_anova"] = "ped_anova"
     trials: int
@@ -163,85 +180,102 @@ class ImportanceView(Schema):
     sentence: str
 
 
-def best_view(session: Session, study: StudyRow, job: Job, rows: Sequence[TrialRow]) -> BestView:
+# --------------------------------------------------------------------- the best
+
+
+class Standings:
+    """What is compared now: the configurations of the rung that the answer is taken from."""
+
+    def __init__(
+        self, study: StudyRow, measured: Sequence[Measurement], trials: Mapping[str, TrialRow]
+    ) -> None:
+        self.study = study
+        self.rung = answer_rung(measured, study.plan)
+        self.configs = configs_at(measured, self.rung, study.plan)
+        self._trials = trials
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the rung."""
+        return steps_of(self.study, self.rung)
+
+    @property
+    def baseline(self) -> Config | None:
+        """The best of plain DPO, within the drift budget or not."""
+        plain = plain_arm(self.study.plan)
+        found = [config for config in self.configs if config.seeds[0].arm == plain]
+        return min(found, key=lambda config: (config.log_loss, config.number), default=None)
+
+    def view(self, number: int | None) -> TrialView | None:
+        """Return the trial of that number as it was at the rung, if it is compared."""
+        found = next((config for config in self.configs if config.number == number), None)
+        return None if found is None else self.view_of(found)
+
+    def view_of(self, config: Config) -> TrialView:
+        """Return the first trial of a configuration as it was at the rung."""
+        first = config.seeds[0]
+        return trial_at(self._trials[first.trial_id], first, feasible=config.feasible)
+
+    def label(self, config: Config) -> str:
+        """Return `dpo`, or kernel × divergence."""
+        return _label(self._trials[config.seeds[0].trial_id])
+
+    def race(self, folder: Path, *, verdict: int | None) -> RaceTask:
+        """Return the question who wins; `folder` has the losses of the trials."""
+        return RaceTask(
+            racers=tuple(
+                Racer(
+                    number=config.number,
+                    label=self.label(config),
+                    log_loss=config.log_loss,
+                    drift=config.drift,
+                    feasible=config.feasible,
+                    standard_error=config.standard_error,
+                    files=tuple(
+                        str(losses_file(folder, seed.number, seed.rung)) for seed in config.seeds
+                    ),
+                )
+                for config in self.configs
+            ),
+            verdict=verdict,
+            baseline=None if self.baseline is None else self.baseline.number,
+            groups=str(groups_file(folder)),
+        )
+
+
+def best_view(
+    standings: Standings, job: Job, race: RaceFound, summary: SearchSummary | None
+) -> BestView:
     """Return the best feasible trial, its ties and plain DPO beside it.
 
     Once the search has ended its own verdict stands; before, or when it was stopped, the same rule
-    is applied to what is there, with the standard errors of independent trials.
+    has been applied to what is there.
     """
-    by_number = {row.number: row for row in rows}
-    measured = [row for row in rows if _is_measured(row)]
-    verdict = _verdict(search_summary(session, job), measured)
-    provisional = is_provisional(session, job)
-    best = None if verdict.winner is None else by_number.get(verdict.winner)
-    plain = [row for row in measured if _candidate(row).objective.is_plain_dpo]
-    baseline = min(plain, key=lambda row: (row.log_loss, row.number), default=None)
+    study, baseline = standings.study, standings.baseline
+    provisional = is_provisional(study, job)
+    tied = race.tied if summary is None else summary.tied_trials
+    reason = race.reason if summary is None else summary.sentence
+    views = [standings.view(number) for number in tied]
     return BestView(
         study_id=study.id,
         job_id=job.id,
         status=job.status,
         provisional=provisional,
-        measured=len(measured),
-        best=None if best is None else trial_view(best),
-        tied=[trial_view(by_number[number]) for number in verdict.tied if number in by_number],
-        baseline=None if baseline is None else trial_view(baseline),
-        gain=_gain(best, baseline),
+        rung=standings.rung,
+        steps=standings.steps,
+        measured=len(standings.configs),
+        best=standings.view(race.winner),
+        tied=[view for view in views if view is not None],
+        baseline=None if baseline is None else standings.view_of(baseline),
+        gain=_gain(race.gain),
+        basis=race.basis,
         final=_final(job.result),
-        sentence=f"So far: {verdict.reason}" if provisional else verdict.reason,
+        sentence=f"So far: {reason}" if provisional else reason,
     )
 
 
-def _verdict(summary: SearchSummary | None, measured: Sequence[TrialRow]) -> Selection:
-    if summary is not None:
-        return Selection(
-            winner=summary.winner_trial, tied=summary.tied_trials, reason=summary.sentence
-        )
-    usable = [row for row in measured if row.feasible]
-    lowest = min(usable, key=lambda row: (row.log_loss, row.number), default=None)
-    return select_winner(
-        [
-            FinishedTrial(
-                number=row.number,
-                label=_candidate(row).objective.label,
-                log_loss=row.log_loss,
-                drift=row.drift,
-                feasible=bool(row.feasible),
-                standard_error=0.0 if lowest is None else _error_of_difference(row, lowest) or 0.0,
-            )
-            for row in measured
-        ]
-    )
-
-
-def _is_measured(row: TrialRow) -> bool:
-    return row.status is TrialStatus.COMPLETE and row.log_loss is not None
-
-
-def _candidate(row: TrialRow) -> CandidateSpec:
-    return CandidateSpec.model_validate(row.candidate)
-
-
-def _error_of_difference(one: TrialRow, other: TrialRow) -> float | None:
-    """Standard error of two independent trials' difference; None where one of them has none."""
-    if one.number == other.number:
-        return 0.0
-    errors = [row.metrics.get("standard_error") for row in (one, other)]
-    found = [float(error) for error in errors if isinstance(error, int | float)]
-    return math.hypot(*found) if len(found) == len(errors) else None
-
-
-def _gain(best: TrialRow | None, baseline: TrialRow | None) -> Gain | None:
-    if best is None or baseline is None or best.number == baseline.number:
-        return None
-    if best.log_loss is None or baseline.log_loss is None:
-        return None
-    value = baseline.log_loss - best.log_loss
-    error = _error_of_difference(best, baseline)
-    if error is None:
-        return Gain(log_loss=value, low=None, high=None, basis=None)
-    return Gain(
-        log_loss=value, low=value - _Z * error, high=value + _Z * error, basis="independent"
-    )
+def _gain(found: GainFound | None) -> Gain | None:
+    return None if found is None else Gain(**found.model_dump())
 
 
 def _final(result: dict[str, Any] | None) -> Comparison | None:
@@ -249,34 +283,53 @@ def _final(result: dict[str, Any] | None) -> Comparison | None:
     return None if found is None else Comparison.model_validate(found)
 
 
-def pareto_view(study: StudyRow, rows: Sequence[TrialRow], *, provisional: bool) -> ParetoView:
-    """Return the front of the feasible trials, and all measured ones as points."""
+def _label(row: TrialRow) -> str:
+    return CandidateSpec.model_validate(row.candidate).objective.label
+
+
+def steps_of(study: StudyRow, rung: int | None) -> int | None:
+    """Return how long a trial has trained at a rung of a study."""
+    return None if rung is None else int(study.plan["rungs"][rung])
+
+
+# -------------------------------------------------------------------- the front
+
+
+def pareto_view(
+    study: StudyRow,
+    measured: Sequence[Measurement],
+    trials: Mapping[str, TrialRow],
+    *,
+    rung: int | None,
+    provisional: bool,
+) -> ParetoView:
+    """Return the front of the feasible configurations of a rung, and all of them as points."""
     placed = [
-        (row, (row.log_loss, row.drift, row.gpu_seconds))
-        for row in rows
-        if row.status is TrialStatus.COMPLETE and row.log_loss is not None and row.drift is not None
+        (config, (config.log_loss, config.drift, config.gpu_seconds))
+        for config in sorted(configs_at(measured, rung, study.plan), key=lambda c: c.number)
+        if config.drift is not None
     ]
-    feasible = [(row, point) for row, point in placed if row.feasible]
-    kept = non_dominated([point for _, point in feasible])
-    front = sorted(
-        (feasible[index][0] for index in kept), key=lambda row: (row.log_loss, row.number)
-    )
-    numbers = {row.number for row in front}
+    points = [(config, point) for config, point in placed if config.feasible]
+    kept = non_dominated([point for _, point in points])
+    front = sorted((points[index][0] for index in kept), key=lambda c: (c.log_loss, c.number))
+    numbers = {config.number for config in front}
     return ParetoView(
         study_id=study.id,
         provisional=provisional,
-        front=[row.number for row in front],
+        rung=rung,
+        steps=steps_of(study, rung),
+        front=[config.number for config in front],
         data=[
             ParetoPoint(
-                number=row.number,
-                label=_candidate(row).objective.label,
+                number=config.number,
+                label=_label(trials[config.seeds[0].trial_id]),
                 log_loss=log_loss,
                 drift=drift,
                 gpu_seconds=gpu_seconds,
-                feasible=bool(row.feasible),
-                on_front=row.number in numbers,
+                feasible=config.feasible,
+                on_front=config.number in numbers,
             )
-            for row, (log_loss, drift, gpu_seconds) in placed
+            for config, (log_loss, drift, gpu_seconds) in placed
         ],
-        left_out=len(rows) - len(placed),
+        left_out=len(trials) - measured_trials([config for config, _ in placed]),
     )

@@ -1,4 +1,4 @@
-"""Asks a process of its own for what needs Optuna or Arrow: it loads them, and ends."""
+"""Asks a process of its own for what needs numpy, Optuna or Arrow: it loads them, and ends."""
 
 import logging
 import subprocess
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import assert_never
 
+from app.search_tasks import LimitsTask, QuoteTask, RaceTask, SettingTask
 from app.study_table import Column, trial_table
 from app.study_tasks import (
     ColumnCopy,
@@ -17,12 +18,12 @@ from app.study_tasks import (
     Target,
     TrialCopy,
 )
-from app.study_views import constraints
+from app.trial_views import constraints
 from core.errors import FailureCode, RunAborted, Unavailable
-from core.lifecycle import TrialStatus
 from core.logs import scrub
 from core.run_spec import CandidateSpec
 from models.experiment import StudyRow, TrialRow
+from models.repositories.studies import Measurement
 
 _log = logging.getLogger("kdpo.api")
 
@@ -32,27 +33,30 @@ _WAIT_S = 30.0
 _SLOTS = threading.BoundedSemaphore(2)
 
 
-def importance_task(rows: Sequence[TrialRow], target: Target) -> ImportanceTask:
-    """Return the question which parameters made a complete trial's target low."""
-    measured = [(row, _value(row, target)) for row in rows if row.status is TrialStatus.COMPLETE]
+def importance_task(
+    rows: Sequence[TrialRow], measured: Sequence[Measurement], target: Target
+) -> ImportanceTask:
+    """Return the question which parameters made a target low; all were measured at one rung."""
+    candidates = {row.id: row.candidate for row in rows}
+    values = [(candidates[one.trial_id], _value(one, target)) for one in measured]
     return ImportanceTask(
         target=target,
         trials=tuple(
-            MeasuredCandidate(candidate=CandidateSpec.model_validate(row.candidate), value=value)
-            for row, value in measured
+            MeasuredCandidate(candidate=CandidateSpec.model_validate(candidate), value=value)
+            for candidate, value in values
             if value is not None
         ),
     )
 
 
-def _value(row: TrialRow, target: Target) -> float | None:
+def _value(one: Measurement, target: Target) -> float | None:
     match target:
         case "log_loss":
-            return row.log_loss
+            return one.log_loss
         case "drift":
-            return row.drift
+            return one.drift
         case "gpu_seconds":
-            return row.gpu_seconds
+            return one.gpu_seconds
         case _:
             assert_never(target)
 
@@ -65,8 +69,8 @@ def journal_task(study: StudyRow, rows: Sequence[TrialRow]) -> JournalTask:
 def _copy(row: TrialRow, study: StudyRow) -> TrialCopy:
     candidate = CandidateSpec.model_validate(row.candidate)
     violations: dict[str, float] = {}
-    if row.status is TrialStatus.COMPLETE:
-        drift = constraints(row, study.spec.get("drift_budget"))[0].violation
+    if row.log_loss is not None:
+        drift = constraints(row, study.plan.get("drift_budget"))[0].violation
         over = -1.0 if drift is None else drift
         violations = {"drift": over, "unusable": 0.0 if row.feasible or over > 0.0 else 1.0}
     metrics = {f"metrics.{name}": value for name, value in row.metrics.items()}
@@ -81,6 +85,11 @@ def _copy(row: TrialRow, study: StudyRow) -> TrialCopy:
         attributes={
             "trial_id": row.id,
             "origin": row.origin,
+            "arm": row.arm,
+            "draw": row.draw,
+            "repeat": row.repeat,
+            "rung": row.rung,
+            "log_loss": row.log_loss,
             "label": candidate.objective.label,
             "ended_by": None if row.ended_by is None else row.ended_by.value,
             "drift": row.drift,
@@ -101,7 +110,22 @@ def _column(column: Column) -> ColumnCopy:
     return ColumnCopy(name=column.name, kind=column.kind, cells=column.cells)
 
 
-def run_task(task: ImportanceTask | JournalTask | ParquetTask) -> bytes:
+Question = (
+    ImportanceTask | JournalTask | ParquetTask | QuoteTask | LimitsTask | SettingTask | RaceTask
+)
+
+
+def _tool(task: Question) -> str:
+    match task:
+        case ImportanceTask() | JournalTask() | ParquetTask():
+            return "app.study_tool"
+        case QuoteTask() | LimitsTask() | SettingTask() | RaceTask():
+            return "app.search_tool"
+        case _:
+            assert_never(task)
+
+
+def run_task(task: Question) -> bytes:
     """Return the answer of a process of its own.
 
     Raises:
@@ -115,7 +139,7 @@ def run_task(task: ImportanceTask | JournalTask | ParquetTask) -> bytes:
     try:
         done = subprocess.run(
             # -P: the folder that the API runs in must not be searched for modules.
-            [sys.executable, "-P", "-m", "app.study_tool"],
+            [sys.executable, "-P", "-m", _tool(task)],
             input=task.model_dump_json().encode(),
             capture_output=True,
             timeout=TIME_LIMIT_S,
@@ -129,7 +153,7 @@ def run_task(task: ImportanceTask | JournalTask | ParquetTask) -> bytes:
     finally:
         _SLOTS.release()
     if done.returncode != 0:
-        _log.error("app.study_tool: %s", scrub(done.stderr.decode(errors="replace")))
+        _log.error("%s: %s", _tool(task), scrub(done.stderr.decode(errors="replace")))
         raise RunAborted(
             f"the {task.kind} of this study could not be computed (exit status {done.returncode})",
             failure=FailureCode.INTERNAL,

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.responses import unix
 from app.study_tasks import Kind
-from app.study_views import in_words
+from app.trial_views import in_words
 from core.run_spec import CandidateSpec
 from models.experiment import TrialRow
 
@@ -25,10 +25,15 @@ class Column:
 
 
 def trial_table(rows: Sequence[TrialRow]) -> list[Column]:
-    """Return the table; `params.` and `metrics.` columns are those that any trial has, by name."""
+    """Return the table; of `params.`, `setting.` and `metrics.` the columns that any trial has."""
     fixed = [_fixed(row) for row in rows]
-    spread = [_flat("params", row.candidate) | _flat("metrics", row.metrics) for row in rows]
-    more = sorted({name for cells in spread for name in cells}, key=_metrics_last)
+    spread = [
+        _flat("params", row.candidate)
+        | _flat("setting", row.setting)
+        | _flat("metrics", row.metrics)
+        for row in rows
+    ]
+    more = sorted({name for cells in spread for name in cells}, key=_place)
     names = [*_FIXED, *more]
     table = [{**first, **second} for first, second in zip(fixed, spread, strict=True)]
     return [_column(name, [cells.get(name) for cells in table]) for name in names]
@@ -51,6 +56,10 @@ _FIXED: dict[str, Kind] = {
     "status": Kind.TEXT,
     "ended_by": Kind.TEXT,
     "origin": Kind.TEXT,
+    "arm": Kind.TEXT,
+    "draw": Kind.INT,
+    "repeat": Kind.INT,
+    "rung": Kind.INT,
     "label": Kind.TEXT,
     "words": Kind.TEXT,
     "log_loss": Kind.FLOAT,
@@ -71,6 +80,10 @@ def _fixed(row: TrialRow) -> dict[str, Cell]:
         "status": row.status.value,
         "ended_by": None if row.ended_by is None else row.ended_by.value,
         "origin": row.origin,
+        "arm": row.arm,
+        "draw": row.draw,
+        "repeat": row.repeat,
+        "rung": row.rung,
         "label": candidate.objective.label,
         "words": in_words(candidate),
         "log_loss": row.log_loss,
@@ -95,8 +108,8 @@ def _flat(name: str, value: Any) -> dict[str, Cell]:
     }
 
 
-def _metrics_last(name: str) -> tuple[bool, str]:
-    return name.startswith("metrics."), name
+def _place(name: str) -> tuple[int, str]:
+    return ("params", "setting", "metrics").index(name.partition(".")[0]), name
 
 
 def _column(name: str, cells: list[Cell]) -> Column:

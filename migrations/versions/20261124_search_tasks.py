@@ -25,14 +25,21 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_job_parent_id"), ["parent_id"])
     with op.batch_alter_table("study", schema=None) as batch_op:
         for name, kind in (
-            ("plan", _JSON), ("shape", sa.String(length=20)), ("quotes", _JSON),
-            ("stopped_by", sa.String(length=20)), ("stop_reason", sa.String(length=500)),
+            ("plan", _JSON),
+            ("shape", sa.String(length=20)),
+            ("quotes", _JSON),
+            ("stopped_by", sa.String(length=20)),
+            ("stop_reason", sa.String(length=500)),
             ("ended_at", sa.Double()),
         ):
             batch_op.add_column(sa.Column(name, kind, nullable=True))
     study = sa.table(
-        "study", sa.column("plan", _JSON), sa.column("shape"), sa.column("quotes", _JSON),
-        sa.column("created_at"), sa.column("ended_at"),
+        "study",
+        sa.column("plan", _JSON),
+        sa.column("shape"),
+        sa.column("quotes", _JSON),
+        sa.column("created_at"),
+        sa.column("ended_at"),
     )
     # Searches of before have no plan to go on with.
     op.execute(study.update().values(plan={}, shape="none", quotes=[], ended_at=study.c.created_at))
@@ -41,13 +48,20 @@ def upgrade() -> None:
         batch_op.alter_column("shape", existing_type=sa.String(length=20), nullable=False)
         batch_op.alter_column("quotes", existing_type=_JSON, nullable=False)
     with op.batch_alter_table("trial", schema=None) as batch_op:
-        for name, kind in (
-            ("arm", sa.String(length=100)), ("draw", sa.Integer()), ("repeat", sa.Integer()),
-            ("setting", _JSON), ("rung", sa.Integer()),
+        for column in (
+            sa.Column("arm", sa.String(length=100), nullable=True),
+            sa.Column("draw", sa.Integer(), nullable=True),
+            sa.Column("repeat", sa.Integer(), nullable=True),
+            sa.Column("setting", _JSON, nullable=True),
+            sa.Column("rung", sa.Integer(), nullable=True),
         ):
-            batch_op.add_column(sa.Column(name, kind, nullable=True))
+            batch_op.add_column(column)
     trial = sa.table(
-        "trial", sa.column("number"), sa.column("arm"), sa.column("draw"), sa.column("repeat"),
+        "trial",
+        sa.column("number"),
+        sa.column("arm"),
+        sa.column("draw"),
+        sa.column("repeat"),
         sa.column("setting", _JSON),
     )
     op.execute(trial.update().values(arm="", draw=trial.c.number, repeat=0, setting={}))

@@ -1,16 +1,16 @@
-"""Searches and their trials as lists: filtered, ordered, counted."""
+"""Searches and their trials as lists: filtered, ordered, counted, measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import assert_never
+from typing import Any, assert_never
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.errors import NotFound
-from core.lifecycle import JobStatus, TrialStatus
-from models.experiment import StudyRow, TrialRow
+from core.lifecycle import EndedBy, JobStatus, TaskStatus, TrialStatus
+from models.experiment import StudyRow, TaskRow, TrialRow
 from models.job import Job
 from models.repositories.paging import Page, PageQuery, fetch_page
 
@@ -27,10 +27,30 @@ class TrialOrder(StrEnum):
 
 @dataclass
 class Tally:
-    """How many trials of a study are in which state, and what they have used."""
+    """How many trials of a study are in which state, and what they have used.
+
+    `gpu_seconds` of all ended tasks, `lost_seconds` of attempts that came to nothing.
+    """
 
     counts: dict[TrialStatus, int] = field(default_factory=dict)
     gpu_seconds: float = 0.0
+    lost_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A trial at a rung that it has reached; `gpu_seconds` are those of its whole way there."""
+
+    trial_id: str
+    number: int
+    arm: str
+    draw: int
+    repeat: int
+    rung: int
+    log_loss: float
+    drift: float | None
+    gpu_seconds: float
+    metrics: dict[str, Any]
 
 
 class StudyRepository:
@@ -70,39 +90,62 @@ class StudyRepository:
 
     def tallies(self, study_ids: Sequence[str]) -> dict[str, Tally]:
         """Return the tally of each study."""
-        statement = (
-            select(TrialRow.study_id, TrialRow.status, func.count(), func.sum(TrialRow.gpu_seconds))
+        states = (
+            select(TrialRow.study_id, TrialRow.status, func.count())
             .where(TrialRow.study_id.in_(study_ids))
             .group_by(TrialRow.study_id, TrialRow.status)
         )
         tallies = {study_id: Tally() for study_id in study_ids}
-        for study_id, status, count, seconds in self._session.execute(statement):
+        for study_id, status, count in self._session.execute(states):
             tallies[study_id].counts[status] = count
-            tallies[study_id].gpu_seconds += seconds
+        spent = (
+            select(TaskRow.study_id, TaskRow.status, TaskRow.seconds, TaskRow.lost_seconds)
+            .where(TaskRow.study_id.in_(study_ids))
+            .order_by(TaskRow.id)
+        )
+        for study_id, task_status, seconds, lost in self._session.execute(spent):
+            tallies[study_id].gpu_seconds += seconds if task_status is TaskStatus.ENDED else 0.0
+            tallies[study_id].lost_seconds += lost
         return tallies
 
-    def best(self, study_ids: Sequence[str]) -> dict[str, TrialRow]:
-        """Return the complete feasible trial with the lowest log-loss of each study that has one.
-
-        A pruned trial's log-loss is that of a shorter run and does not compare.
-        """
-        place = func.row_number().over(
-            partition_by=TrialRow.study_id, order_by=(TrialRow.log_loss, TrialRow.number)
-        )
-        ranked = (
-            select(TrialRow.id, place.label("place"))
+    def measurements(self, study_ids: Sequence[str]) -> dict[str, list[Measurement]]:
+        """Return what was measured in each study, by number of the trial and rung."""
+        statement = (
+            select(
+                TrialRow.study_id, TrialRow.id, TrialRow.number, TrialRow.arm, TrialRow.draw,
+                TrialRow.repeat, TaskRow.rung, TaskRow.log_loss, TaskRow.drift, TaskRow.seconds,
+                TaskRow.metrics,
+            )
+            .join(TaskRow, TaskRow.trial_id == TrialRow.id)
             .where(
                 TrialRow.study_id.in_(study_ids),
-                TrialRow.status == TrialStatus.COMPLETE,
-                TrialRow.feasible.is_(True),
-                TrialRow.log_loss.is_not(None),
+                TaskRow.ended_by == EndedBy.BUDGET,
+                TaskRow.log_loss.is_not(None),
             )
-            .subquery()
-        )
-        statement = (
-            select(TrialRow).join(ranked, ranked.c.id == TrialRow.id).where(ranked.c.place == 1)
-        )
-        return {row.study_id: row for row in self._session.execute(statement).scalars()}
+            .order_by(TrialRow.number, TaskRow.rung)
+        )  # fmt: skip
+        found: dict[str, list[Measurement]] = {study_id: [] for study_id in study_ids}
+        for row in self._session.execute(statement):
+            before = found[row.study_id]
+            way = before[-1].gpu_seconds if before and before[-1].trial_id == row.id else 0.0
+            before.append(
+                Measurement(
+                    trial_id=row.id, number=row.number, arm=row.arm, draw=row.draw,
+                    repeat=row.repeat, rung=row.rung, log_loss=row.log_loss, drift=row.drift,
+                    gpu_seconds=way + row.seconds, metrics=row.metrics,
+                )
+            )  # fmt: skip
+        return found
+
+    def trials(self, trial_ids: Sequence[str]) -> dict[str, TrialRow]:
+        """Return trials by their ids."""
+        statement = select(TrialRow).where(TrialRow.id.in_(trial_ids))
+        return {row.id: row for row in self._session.execute(statement).scalars()}
+
+    def tasks(self, trial_id: str) -> list[TaskRow]:
+        """Return the tasks of a trial, lowest rung first."""
+        statement = select(TaskRow).where(TaskRow.trial_id == trial_id).order_by(TaskRow.rung)
+        return list(self._session.execute(statement).scalars())
 
     def trial(self, study_id: str, number: int) -> TrialRow:
         """Return a trial of a study by its number.
