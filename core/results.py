@@ -103,9 +103,7 @@ class SearchSummary(SpecModel):
     trials: int
     infeasible: int
     winner_trial: int | None = Field(description="null: the budget paid for no trial")
-    tied_trials: tuple[int, ...] = Field(
-        description="not told apart from the winner"
-    )
+    tied_trials: tuple[int, ...] = Field(description="not told apart from the winner")
     stopped_by: Literal["finished", "decided", "budget"] = Field(
         description="all of the plan is done; what was left would hardly change the answer; "
         "nothing that was left fitted into the budget"

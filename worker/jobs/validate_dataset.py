@@ -151,8 +151,6 @@ def _examine(context: JobContext, dataset: Dataset, source: Path) -> _Finding:
     except (MemoryError, TooLarge) as error:
         # What was written so far is of no dataset: nothing names it, so nothing would remove it.
         shutil.rmtree(context.attempt_dir / _FOLDER, ignore_errors=True)
-        # What was written so far is of no dataset: nothing names it, so nothing would remove it.
-        shutil.rmtree(context.attempt_dir / _FOLDER, ignore_errors=True)
         return _beyond_limits(error, limits)
     if sample is not None:
         result = sample.added_to(result)
