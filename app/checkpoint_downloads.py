@@ -12,9 +12,15 @@ from app.archives import tar_of
 from app.checkpoint_views import CheckpointId, FilePath, stored_file, stored_files
 from app.checkpoints import read_checkpoint
 from app.deps import Config, Db, ReadsArtifacts, refuse_unknown_query
-from app.downloads import RANGE_RESPONSES, Content, content_response, file_response
+from app.downloads import (
+    HEAD_RESPONSES,
+    RANGE_RESPONSES,
+    Content,
+    content_response,
+    file_response,
+)
 from app.errors import public_url
-from app.responses import Schema
+from app.responses import NO_STORE, Schema, json_response
 from app.signed_links import check_signature, sign
 from core.errors import InvalidInput, NotFound
 from core.settings import Settings
@@ -62,7 +68,7 @@ class DownloadUrl(Schema):
 @router.head(
     "/{checkpoint_id}/archive",
     operation_id="head_checkpoint_archive",
-    responses={200: {"description": "Size and ETag of the archive"}},
+    responses=HEAD_RESPONSES,
 )
 @router.get(
     "/{checkpoint_id}/archive",
@@ -86,7 +92,12 @@ async def download_checkpoint_archive(
     return await content_response(request, _archive(row, settings))
 
 
-@router.post("/{checkpoint_id}/download_url", operation_id="create_download_url", status_code=201)
+@router.post(
+    "/{checkpoint_id}/download_url",
+    operation_id="create_download_url",
+    status_code=201,
+    response_model=DownloadUrl,
+)
 def create_download_url(
     request: Request,
     caller: ReadsArtifacts,
@@ -94,7 +105,7 @@ def create_download_url(
     settings: Config,
     checkpoint_id: CheckpointId,
     body: CreateDownloadUrl,
-) -> DownloadUrl:
+) -> Response:
     """Make a link for wget, aria2 or a browser, to one file or to all of them as a tar."""
     longest = settings.downloads.max_link_s
     if body.expires_in_s > longest:
@@ -109,16 +120,19 @@ def create_download_url(
     target = _target(row.id, body.path)
     expires = int(time.time()) + body.expires_in_s
     signature = sign(settings, target, expires=expires)
-    return DownloadUrl(
+    made = DownloadUrl(
         checkpoint_id=row.id,
         path=body.path,
         url=f"{public_url(request)}/v1/downloads/{quote(target)}"
         f"?expires={expires}&signature={signature}",
         expires_at=expires,
     )
+    return json_response(made, status=201, headers=NO_STORE)
 
 
-@links.head("/{checkpoint_id}/archive", operation_id="head_signed_archive")
+@links.head(
+    "/{checkpoint_id}/archive", operation_id="head_signed_archive", responses=HEAD_RESPONSES
+)
 @links.get(
     "/{checkpoint_id}/archive",
     operation_id="download_signed_archive",
@@ -140,7 +154,11 @@ async def download_signed_archive(
     return await content_response(request, _archive(row, settings))
 
 
-@links.head("/{checkpoint_id}/files/{path:path}", operation_id="head_signed_file")
+@links.head(
+    "/{checkpoint_id}/files/{path:path}",
+    operation_id="head_signed_file",
+    responses=HEAD_RESPONSES,
+)
 @links.get(
     "/{checkpoint_id}/files/{path:path}",
     operation_id="download_signed_file",

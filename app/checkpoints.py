@@ -15,6 +15,7 @@ from app.checkpoint_views import (
     checkpoint_view,
     stored_file,
 )
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import (
     ID_PATTERN,
     TEXT_PATTERN,
@@ -26,10 +27,17 @@ from app.deps import (
     ReadsArtifacts,
     WritesArtifacts,
 )
-from app.downloads import RANGE_RESPONSES, file_response
+from app.downloads import HEAD_RESPONSES, RANGE_RESPONSES, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
-from app.responses import ListOf, check_if_match, conditional, json_response, list_of
+from app.responses import (
+    ListOf,
+    check_if_match,
+    conditional,
+    json_response,
+    list_of,
+    with_etag,
+)
 from core.errors import Conflict
 from core.lifecycle import JobKind
 from core.spec import SpecModel
@@ -91,7 +99,12 @@ def list_checkpoints(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{checkpoint_id}", operation_id="get_checkpoint", response_model=CheckpointView)
+@router.get(
+    "/{checkpoint_id}",
+    operation_id="get_checkpoint",
+    response_model=CheckpointView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_checkpoint(
     request: Request, caller: ReadsArtifacts, database: Db, checkpoint_id: CheckpointId
 ) -> Response:
@@ -121,7 +134,7 @@ def list_checkpoint_files(
 @router.head(
     "/{checkpoint_id}/files/{path:path}",
     operation_id="head_checkpoint_file",
-    responses={200: {"description": "Size, hash and ETag of the file"}},
+    responses=HEAD_RESPONSES,
 )
 @router.get(
     "/{checkpoint_id}/files/{path:path}",
@@ -147,7 +160,6 @@ async def download_checkpoint_file(
 
 @router.patch("/{checkpoint_id}", operation_id="update_checkpoint", response_model=CheckpointView)
 def update_checkpoint(
-    request: Request,
     caller: WritesArtifacts,
     database: Db,
     checkpoint_id: CheckpointId,
@@ -169,7 +181,7 @@ def update_checkpoint(
             ends=body.expires_at if "expires_at" in given else row.expires_at,
         )
         view = checkpoint_view(row)
-    return conditional(request, view)
+    return with_etag(view)
 
 
 @router.delete(

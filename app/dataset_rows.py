@@ -10,7 +10,13 @@ from starlette.concurrency import run_in_threadpool
 
 from app.dataset_views import DatasetId, RowView, report_url
 from app.deps import Config, Db, ReadsDatasets
-from app.downloads import RANGE_RESPONSES, StoredFile, file_response, open_inside
+from app.downloads import (
+    HEAD_RESPONSES,
+    RANGE_RESPONSES,
+    StoredFile,
+    file_response,
+    open_inside,
+)
 from app.responses import ListOf, json_response, list_of, next_page
 from core.errors import Conflict, InvalidInput
 from core.lifecycle import DatasetStatus
@@ -28,7 +34,7 @@ _PAGE = 20
 @router.head(
     "/{dataset_id}/rows",
     operation_id="head_dataset_rows",
-    responses={200: {"description": "Size, hash and ETag of the file"}},
+    responses=HEAD_RESPONSES,
 )
 @router.get(
     "/{dataset_id}/rows",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.dataset_sources import SOURCE_BODY, is_json, receive_source, store_source
 from app.dataset_uploads import UPLOAD_FIELDS, discarded_on_error, store_upload
 from app.dataset_views import (
@@ -158,7 +159,12 @@ def list_datasets(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{dataset_id}", operation_id="get_dataset", response_model=DatasetView)
+@router.get(
+    "/{dataset_id}",
+    operation_id="get_dataset",
+    response_model=DatasetView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_dataset(
     request: Request, caller: ReadsDatasets, database: Db, dataset_id: DatasetId
 ) -> Response:
@@ -166,7 +172,12 @@ def get_dataset(
     return conditional(request, read_dataset(database, caller.owner_id, dataset_id))
 
 
-@router.get("/{dataset_id}/report", operation_id="get_dataset_report", response_model=ReportView)
+@router.get(
+    "/{dataset_id}/report",
+    operation_id="get_dataset_report",
+    response_model=ReportView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_dataset_report(
     request: Request, caller: ReadsDatasets, database: Db, dataset_id: DatasetId
 ) -> Response:

@@ -25,6 +25,11 @@ RANGE_RESPONSES: dict[int | str, dict[str, Any]] = {
     416: {"description": "The range begins behind the end of the file"},
 }
 """What `file_response` answers besides 200, for the OpenAPI description."""
+HEAD_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Size, hash and ETag in the headers, as of a GET"},
+    304: {"description": "The client has this file already"},
+}
+"""What it answers to HEAD, which knows no ranges."""
 _TYPES = {
     ".json": "application/json",
     ".jsonl": "application/jsonl",

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import (
     ID_PATTERN,
     Config,
@@ -16,7 +17,7 @@ from app.deps import (
     ReadsDatasets,
     WritesDatasets,
 )
-from app.downloads import RANGE_RESPONSES, StoredFile, file_response
+from app.downloads import HEAD_RESPONSES, RANGE_RESPONSES, StoredFile, file_response
 from app.file_store import NewFile, Received, storing
 from app.file_views import ExpiresAfter, FileDeleted, FileId, FileView, file_view
 from app.queue import relay_now
@@ -163,7 +164,12 @@ def list_files(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{file_id}", operation_id="get_file", response_model=FileView)
+@router.get(
+    "/{file_id}",
+    operation_id="get_file",
+    response_model=FileView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_file(request: Request, caller: ReadsDatasets, database: Db, file_id: FileId) -> Response:
     """Return one file."""
     with database.reading() as session:
@@ -188,7 +194,7 @@ def delete_file(
 @router.head(
     "/{file_id}/content",
     operation_id="head_file_content",
-    responses={200: {"description": "Size, hash and ETag of the file"}},
+    responses=HEAD_RESPONSES,
 )
 @router.get(
     "/{file_id}/content",

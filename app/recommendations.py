@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.dataset_sources import is_json
 from app.datasets import read_dataset, refused_dataset
 from app.deps import (
@@ -188,6 +189,7 @@ def list_recommendations(
     "/{recommendation_id}",
     operation_id="get_recommendation",
     response_model=RecommendationView,
+    responses=CONDITIONAL_RESPONSES,
 )
 def get_recommendation(
     request: Request, caller: ReadsJobs, database: Db, recommendation_id: RecommendationId
@@ -200,6 +202,7 @@ def get_recommendation(
     "/{recommendation_id}/matrix",
     operation_id="get_recommendation_matrix",
     response_model=RecommendationMatrix,
+    responses=CONDITIONAL_RESPONSES,
 )
 def get_recommendation_matrix(
     request: Request, caller: ReadsJobs, database: Db, recommendation_id: RecommendationId

@@ -15,6 +15,8 @@ from app.errors import public_url
 from core.errors import Changed
 
 T = TypeVar("T")
+NO_STORE = {"Cache-Control": "no-store"}
+"""Of answers with secrets: neither caches nor `app.idempotency` keep them."""
 POLL_FIRST_S = 0.05
 POLL_MAX_S = 0.5
 
@@ -79,6 +81,13 @@ def conditional(request: Request, body: BaseModel) -> Response:
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if etag_matches(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
+    return Response(content=content, media_type="application/json", headers=headers)
+
+
+def with_etag(body: BaseModel) -> Response:
+    """Return a changed object with its new weak ETag, for the next `If-Match`."""
+    content = body.model_dump_json()
+    headers = {"ETag": _etag(content), "Cache-Control": "private, no-cache"}
     return Response(content=content, media_type="application/json", headers=headers)
 
 

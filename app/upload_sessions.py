@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import (
     ID_PATTERN,
     TEXT_PATTERN,
@@ -123,7 +124,12 @@ def create_upload(
     return upload_view(row, None)
 
 
-@router.get("/{upload_id}", operation_id="get_upload", response_model=UploadView)
+@router.get(
+    "/{upload_id}",
+    operation_id="get_upload",
+    response_model=UploadView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_upload(
     request: Request, caller: ReadsDatasets, database: Db, upload_id: UploadId
 ) -> Response:

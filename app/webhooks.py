@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import (
     ID_PATTERN,
     TEXT_PATTERN,
@@ -16,7 +17,7 @@ from app.deps import (
     WritesJobs,
 )
 from app.job_verbs import NoOptions
-from app.responses import ListOf, Schema, conditional, json_response, unix
+from app.responses import NO_STORE, ListOf, Schema, conditional, json_response, unix
 from core.spec import SpecModel
 from core.webhook_events import DeliveryStatus, WebhookEventType
 from core.webhook_signing import new_secret
@@ -140,8 +141,8 @@ def create_webhook(
             secret=new_secret(),
             at_most=settings.webhooks.max_per_owner,
         )
-    location = {"Location": f"/v1/webhooks/{row.id}"}
-    return json_response(_with_secret(row), status=201, headers=location)
+    headers = {"Location": f"/v1/webhooks/{row.id}", **NO_STORE}
+    return json_response(_with_secret(row), status=201, headers=headers)
 
 
 @router.get("", operation_id="list_webhooks")
@@ -155,7 +156,12 @@ def list_webhooks(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{webhook_id}", operation_id="get_webhook", response_model=WebhookView)
+@router.get(
+    "/{webhook_id}",
+    operation_id="get_webhook",
+    response_model=WebhookView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_webhook(
     request: Request, caller: ReadsJobs, database: Db, webhook_id: WebhookId
 ) -> Response:
@@ -195,16 +201,18 @@ def delete_webhook(caller: WritesJobs, database: Db, webhook_id: WebhookId) -> N
         WebhookRepository(session).delete(caller.owner_id, webhook_id)
 
 
-@router.post("/{webhook_id}/rotate_secret", operation_id="rotate_webhook_secret")
+@router.post(
+    "/{webhook_id}/rotate_secret", operation_id="rotate_webhook_secret", response_model=NewWebhook
+)
 def rotate_webhook_secret(
     caller: WritesJobs, database: Db, webhook_id: WebhookId, body: RotateSecret
-) -> NewWebhook:
+) -> Response:
     """Make another secret; until `overlap_s` is over, deliveries carry both signatures."""
     with database.transaction() as session:
         webhooks = WebhookRepository(session)
         row = webhooks.get(caller.owner_id, webhook_id, lock=True)
         webhooks.rotate(row, new_secret(), overlap_s=body.overlap_s)
-    return _with_secret(row)
+    return json_response(_with_secret(row), headers=NO_STORE)
 
 
 @router.post("/{webhook_id}/test", operation_id="test_webhook", status_code=202)

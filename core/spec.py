@@ -8,11 +8,13 @@ Symbols are those of docs/maths.md.
 from enum import StrEnum
 from typing import Annotated, Literal, Self, assert_never
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from core.json_kinds import KindModel
 
 
-class SpecModel(BaseModel):
-    """Base of all specs: frozen, unknown fields refused, NaN and infinity refused."""
+class SpecModel(KindModel):
+    """Base of all specs: frozen; unknown fields, NaN, infinity and `true` for 1 are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

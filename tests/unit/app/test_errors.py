@@ -18,6 +18,8 @@ def test_statuses() -> None:
         "not_permitted": 403,
         "not_found": 404,
         "conflict": 409,
+        "changed": 412,
+        "too_many": 429,
         "too_large": 413,
         "unsupported_media": 415,
         "unavailable": 503,
