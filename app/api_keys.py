@@ -3,13 +3,13 @@
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.config import JsonDict
 
 from app.deps import ID_PATTERN, TEXT_PATTERN, Admin, Config, Db, Lists, PageOf
 from app.keys import Scope, make_key
-from app.responses import ListOf, Schema, unix
+from app.responses import NO_STORE, ListOf, Schema, json_response, unix
 from core.errors import InvalidInput, NotFound
 from core.spec import SpecModel
 from models.owner import ApiKey, Owner
@@ -103,8 +103,8 @@ def list_api_keys(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.post("", operation_id="create_api_key", status_code=201)
-def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKey) -> NewKeyView:
+@router.post("", operation_id="create_api_key", status_code=201, response_model=NewKeyView)
+def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKey) -> Response:
     """Make a key; the answer is the only place where its secret is ever shown.
 
     `admin` is for the whole service: such a key sees workers, the audit log and the keys of all
@@ -130,7 +130,8 @@ def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKe
         )
         session.refresh(key)
         view = key_view(key, owner)
-    return NewKeyView(**view.model_dump(), secret=new.secret)
+    made = NewKeyView(**view.model_dump(), secret=new.secret)
+    return json_response(made, status=201, headers=NO_STORE)
 
 
 @router.delete(

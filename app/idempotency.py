@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import problem_response
+from app.errors import kdpo_problem, problem_response
 from app.exchange_bodies import Answer, Body
 from app.keys import hash_key
-from core.errors import StorageFull, Unavailable
+from app.limits import spend
+from core.errors import KdpoError, StorageFull, Unavailable
 from core.lifecycle import JobKind
 from core.settings import Settings
 from models.job import Job
@@ -48,8 +49,11 @@ _KEPT_HEADERS = ("content-type", "location", "etag", "link", "preference-applied
 # What a client without a key sends again is caught where it would start work again.
 _LAUNCHES = re.compile(
     r"/v1/(datasets|recommendations|fine_tuning/jobs|studies|evaluations"
-    r"|recommendations/[^/]+/accept|checkpoints/[^/]+/export|(fine_tuning/)?jobs/[^/]+/retry)"
+    r"|recommendations/[^/]+/accept|studies/[^/]+/clone|checkpoints/[^/]+/export"
+    r"|(fine_tuning/)?jobs/[^/]+/retry)"
 )
+# Nothing is made twice by these, and what they answer is not to be kept.
+_MAKES_NOTHING = re.compile(r"/v1/checkpoints/[^/]+/download_url")
 # Their answers are of what was stored, and not of the job that the storing made.
 _STORES = re.compile(r"/v1/(files|uploads)(/.*)?")
 
@@ -68,37 +72,40 @@ class Idempotency:
         key, retry = headers.get(KEY_HEADER), headers.get(RETRY_HEADER)
         has_form = headers.get("content-type", "").lower().startswith("multipart/")
         by_retry = retry is not None and not has_form and _LAUNCHES.fullmatch(scope["path"])
-        if key is None and not by_retry:
+        if (key is None and not by_retry) or _MAKES_NOTHING.fullmatch(scope["path"]):
             await self.app(scope, receive, send)
             return
         if key is not None and (not _KEY.fullmatch(key) or len(scope["path"]) > _MAX_PATH):
             await _refuse_key(scope, receive, send, key)
             return
-        app: FastAPI = scope["app"]
-        caller = await run_in_threadpool(_caller_id, app, headers)
-        if caller is None:
-            await self.app(scope, receive, send)  # which says what is wrong with the API key
-            return
-        body = Body(receive, scope)
         try:
-            if key is None:
-                await body.read_ahead()
-                key = f"retry:{body.fingerprint}"
-            exchange = Exchange(
-                self.app, app.state.database, scope, send, body,
-                ReplayScope(caller, scope["method"], scope["path"], key),
-            )  # fmt: skip
-            if not by_retry or headers.get(KEY_HEADER) is not None:
-                await exchange.run(kept_s=KEPT_S)
-            elif retry == "0":
-                await exchange.run(kept_s=None)
-            else:
-                await exchange.run(kept_s=RETRIED_WITHIN_S)
+            caller = await run_in_threadpool(_caller_id, Request(scope))
+            if caller is None:
+                await self.app(scope, receive, send)  # which says what is wrong with the API key
+                return
+            of_key = ReplayScope(caller, scope["method"], scope["path"], key or "")
+            await self._exchange(of_key, retry if by_retry else None, scope, receive, send)
+        except KdpoError as error:  # the key has asked too often, or the database is away
+            await kdpo_problem(Request(scope), error)(scope, receive, send)
         except HTTPException as error:  # the body is too large, found by reading it here
             response = problem_response(
                 Request(scope), status=error.status_code, code="too_large", detail=error.detail
             )
             await response(scope, receive, send)
+
+    async def _exchange(
+        self, key: ReplayScope, retry: str | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Do a request once for its key, or for its body where a client repeats it without one."""
+        body = Body(receive, scope)
+        kept_s: float | None = KEPT_S
+        if not key.key:
+            await body.read_ahead()
+            key = replace(key, key=f"retry:{body.fingerprint}")
+            kept_s = None if retry == "0" else RETRIED_WITHIN_S
+        app: FastAPI = scope["app"]
+        exchange = Exchange(self.app, app.state.database, scope, send, body, key)
+        await exchange.run(kept_s=kept_s)
 
 
 @dataclass(frozen=True)
@@ -270,18 +277,28 @@ class Exchange:
         await problem(self.scope, self.body.receive, self.send)
 
 
-def _caller_id(app: FastAPI, headers: Headers) -> str | None:
-    """Return the id of the request's usable key, or of the owner where none is needed."""
-    settings: Settings = app.state.settings
-    database: Database = app.state.database
+def _caller_id(request: Request) -> str | None:
+    """Return the id of the request's usable key, or of the owner where none is needed.
+
+    The request is paid for here: the answer to a repetition is found without its endpoint.
+
+    Raises:
+        TooManyRequests: the key has asked too often.
+    """
+    settings: Settings = request.app.state.settings
+    database: Database = request.app.state.database
     if not settings.auth.required:
-        return str(app.state.default_owner_id)
-    scheme, _, secret = headers.get("authorization", "").partition(" ")
+        return str(request.app.state.default_owner_id)
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return None
     with database.reading() as session:
         key = OwnerRepository(session).find_usable_key(hash_key(secret.strip()))
-        return None if key is None else key.id
+    if key is None:
+        return None
+    rate = key.requests_per_minute or settings.auth.requests_per_minute
+    spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
+    return key.id
 
 
 def _job_path(job: Job) -> str:
@@ -290,6 +307,8 @@ def _job_path(job: Job) -> str:
             return f"/v1/fine_tuning/jobs/{job.id}"
         case JobKind.RECOMMENDATION:
             return f"/v1/recommendations/{job.id}"
+        case JobKind.EVALUATION:
+            return f"/v1/evaluations/{job.id}"
         case JobKind.DATASET:
             return f"/v1/datasets/{job.dataset_id}"
         case _:

@@ -165,11 +165,14 @@ def _taken(allowed: bool, full_s: float, per_minute: int) -> Taken:
 
 
 def spend(request: Request, *, owner_id: str, key_id: str, per_minute: int) -> None:
-    """Take one token of the key, and let the response tell how many are left.
+    """Take one token of the key, once in a request, and let the response tell how many are left.
 
     Raises:
         TooManyRequests: the bucket is empty.
     """
+    account = request.scope.get(ACCOUNT)
+    if isinstance(account, Account) and account.taken is not None and account.key_id == key_id:
+        return
     limiter: Limiter = request.app.state.limiter
     taken = limiter.take(key_id, per_minute)
     note_caller(request, owner_id=owner_id, key_id=key_id, taken=taken)

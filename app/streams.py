@@ -7,7 +7,7 @@ loop. The poller asks for all followed jobs at once, in a thread of its own.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -17,7 +17,7 @@ from fastapi import Depends, Request
 
 from core.errors import KdpoError, TooManyRequests, Unavailable
 from models.job import Event
-from models.repositories.events import Pulse, new_events, pulses
+from models.repositories.events import Cursor, Pulse, new_events, pulses
 from models.session import Database
 
 _log = logging.getLogger("kdpo.streams")
@@ -55,9 +55,9 @@ class Follower:
         return taken
 
     def tell(self, pulse: Pulse, events: list[Event]) -> None:
-        """Hand over what a poll has found for the job."""
+        """Hand over what a poll has found behind `seq`."""
         self.pulse = pulse
-        self.events += [event for event in events if event.seq > self.seq]
+        self.events += events
         if self.events:
             self.seq = self.events[-1].seq
         if self.events or pulse.version != self.version:
@@ -165,32 +165,29 @@ class Followers:
         self._joined.clear()
 
     async def _poll(self, limiter: anyio.CapacityLimiter) -> None:
-        cursors: dict[str, int] = {}
-        # Who joins while the database is read may lack events that nobody else does.
-        asked = list(self._followers)
-        for follower in asked:
-            seq = follower.seq
-            cursors[follower.job_id] = min(cursors.get(follower.job_id, seq), seq)
+        # Who joins while the database is read may lack events that nobody else does; a slow reader
+        # gets more when it has taken what it has.
+        asked = [follower for follower in self._followers if not follower.events]
+        cursors = {(follower.job_id, follower.seq) for follower in asked}
         found, events = await anyio.to_thread.run_sync(self._read, cursors, limiter=limiter)
         for follower in asked:
             pulse = found.get(follower.job_id)
             if pulse is None:
                 follower.close()
-            elif not follower.events:  # a slow reader gets more when it has taken what it has
-                follower.tell(pulse, events.get(follower.job_id, []))
+            else:
+                follower.tell(pulse, events.get((follower.job_id, follower.seq), []))
 
-    def _read(self, cursors: Mapping[str, int]) -> tuple[dict[str, Pulse], dict[str, list[Event]]]:
+    def _read(
+        self, cursors: Collection[Cursor]
+    ) -> tuple[dict[str, Pulse], dict[Cursor, list[Event]]]:
         with self._database.reading() as session:
-            found = pulses(session, cursors)
-            behind = {
-                job: seq
-                for job, seq in cursors.items()
-                if job in found and found[job].event_seq > seq
-            }
-            events: dict[str, list[Event]] = {}
-            for event in new_events(session, behind, limit=_EVENTS_AT_ONCE):
-                events.setdefault(event.job_id, []).append(event)
-        return found, events
+            found = pulses(session, {job_id for job_id, _ in cursors})
+            behind = [
+                (job_id, seq)
+                for job_id, seq in cursors
+                if job_id in found and found[job_id].event_seq > seq
+            ]
+            return found, new_events(session, behind, limit=_EVENTS_AT_ONCE)
 
 
 def get_followers(request: Request) -> Followers:

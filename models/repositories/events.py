@@ -1,6 +1,6 @@
 """Events: appended under the job's row lock, so that `seq` has no gaps and no doubles."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,10 @@ from models.types import db_now
 
 # SQLite nests the terms of an OR and allows some thousand parameters.
 _JOBS_AT_ONCE = 200
+_LEAST_SHARE = 10
+
+Cursor = tuple[str, int]
+"""A job, and the last of its events that somebody has."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,26 @@ def pulses(session: Session, job_ids: Collection[str]) -> dict[str, Pulse]:
     return found
 
 
-def new_events(session: Session, cursors: Mapping[str, int], *, limit: int) -> list[Event]:
-    """Return the events of many jobs, each job's after its cursor, oldest first.
+def new_events(
+    session: Session, cursors: Collection[Cursor], *, limit: int
+) -> dict[Cursor, list[Event]]:
+    """Return the next events behind each of many cursors, oldest first and without a gap.
 
-    At most `limit` events per query come back; a job whose events are cut off has a gapless
-    beginning of them.
+    All together they are about `limit`, and each cursor has the same share of it, so that one far
+    behind takes nothing from the others.
     """
-    found: list[Event] = []
-    rest = iter(cursors.items())
+    share = max(_LEAST_SHARE, limit // max(1, len(cursors)))
+    of_job: dict[str, list[Event]] = {}
+    rest = iter(cursors)
     while some := list(islice(rest, _JOBS_AT_ONCE)):
-        statement = (
-            select(Event)
-            .where(or_(*(and_(Event.job_id == job, Event.seq > seq) for job, seq in some)))
-            .order_by(Event.seq)
-            .limit(limit)
+        wanted = (
+            and_(Event.job_id == job_id, Event.seq > seq, Event.seq <= seq + share)
+            for job_id, seq in some
         )
-        found += session.execute(statement).scalars()
+        for event in session.execute(select(Event).where(or_(*wanted))).scalars():
+            of_job.setdefault(event.job_id, []).append(event)
+    found: dict[Cursor, list[Event]] = {}
+    for job_id, seq in cursors:
+        known = {event.seq: event for event in of_job.get(job_id, ())}
+        found[job_id, seq] = [known[n] for n in range(seq + 1, seq + share + 1) if n in known]
     return found

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from app.exchange_bodies import BodyHash
 from core.errors import Unavailable
 from models.maintenance import Maintenance
 from models.replay import Replay
 from models.repositories.replays import KEPT_S, ReplayRepository
+from models.session import Database
 from models.types import db_now
 from tests.integration.api_world import MODEL, World, pairs, running_api
 from tests.integration.test_api import check_problem
@@ -174,6 +175,70 @@ def test_a_body_too_large_says_so(world: World) -> None:
 
     retried = {"x-stainless-retry-count": "1", "Content-Type": "application/json"}
     check_problem(world.post(URL, content=chunks(), headers=retried), 413, "too_large")
+
+
+def test_what_is_shown_once_is_not_kept(sqlite_url: str, tmp_path: Path) -> None:
+    webhooks = {"hosts": ("hooks.example.com",)}
+    with running_api(sqlite_url, tmp_path, webhooks=webhooks) as world:
+        key = {"name": "k", "owner": "ada", "scopes": ["jobs:read"]}
+        hook = world.post("/v1/webhooks", json={"url": "https://hooks.example.com/"}).json()
+        rotated = f"/v1/webhooks/{hook['id']}/rotate_secret"
+        for path, body in (
+            ("/v1/api_keys", key),
+            ("/v1/webhooks", {"url": "https://hooks.example.com/a"}),
+            (rotated, {}),
+        ):
+            made = world.post(path, json=body, headers={"Idempotency-Key": "a-1"})
+            assert made.headers["cache-control"] == "no-store", path
+            with world.database.reading() as session:
+                kept = session.execute(select(Replay).where(Replay.path == path)).scalar_one()
+            assert kept.body is None
+            again = world.post(path, json=body, headers={"Idempotency-Key": "a-1"})
+            check_problem(again, 409, "answer_not_kept")
+        assert len(world.get("/v1/webhooks").json()["data"]) == 2
+
+
+def test_a_link_to_a_checkpoint_is_not_kept_either(world: World) -> None:
+    job = world.training_job(world.dataset())["id"]
+    checkpoint = world.train(job)["checkpoint"]
+    for _ in range(2):
+        url = f"/v1/checkpoints/{checkpoint}/download_url"
+        made = world.post(url, json={}, headers={"Idempotency-Key": "a-1"})
+        assert made.status_code == 201
+        assert made.headers["cache-control"] == "no-store"
+        assert world.client.get(made.json()["url"]).status_code == 200
+    with world.database.reading() as session:
+        assert session.execute(select(Replay)).all() == []
+
+
+def test_repetitions_count_for_the_rate_and_each_request_once(world: World) -> None:
+    dataset = world.dataset()
+    key = {"name": "k", "owner": "ada", "scopes": ["jobs:write"], "requests_per_minute": 3}
+    bearer = {"Authorization": f"Bearer {world.post('/v1/api_keys', json=key).json()['secret']}"}
+
+    def send() -> Any:
+        body = {"model": MODEL, "dataset_id": dataset}
+        return world.client.post(URL, json=body, headers={**bearer, "Idempotency-Key": "a-1"})
+
+    answers = [send() for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+    assert left == ["2", "1", "0", "0", "0"]
+    check_problem(answers[-1], 429, "rate_limit_exceeded")
+    assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+def test_a_database_that_is_away_is_no_fault_of_ours(world: World) -> None:
+    world.headers()
+    there = world.app.state.database
+    world.app.state.database = Database("postgresql+psycopg://nobody@127.0.0.1:9/none")
+    try:
+        answer = create(world, "ds_x", "a-1")
+    finally:
+        world.app.state.database.dispose()
+        world.app.state.database = there
+    check_problem(answer, 503, "unavailable")
+    assert answer.headers["retry-after"] == "5"
 
 
 # ----------------------------------------------- retries of OpenAI's clients
