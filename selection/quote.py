@@ -8,13 +8,25 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from core.errors import InvalidInput
 from selection.draws import RECOMMENDED, Setting
-from selection.study import Arm, Budget, Ended, Plan, Shape, Study, Task
+from selection.study import (
+    Arm,
+    Budget,
+    Ended,
+    Origin,
+    Plan,
+    Shape,
+    Study,
+    Task,
+    failed_tasks,
+    places_left,
+    ruled_out,
+)
 
 SHAPES: dict[str, Shape] = {
     "wide": Shape(28 + 7, (16, 10, 4), leading=4, draws=4, repeats=3),
@@ -140,7 +152,12 @@ def quote(plan: Plan, study: Study, *, workers: int = 1) -> Quote:
     rates are, one for each task, and whether close finalists will need their second seed. The
     budget caps it. Time left is the larger of work over workers and of the longest chain of tasks
     that follow one another.
+
+    Raises:
+        InvalidInput: there are no workers.
     """
+    if workers < 1:
+        raise InvalidInput(f"a quote is for {workers} workers; expected 1 or more")
     costs = costs_of(plan, study)
     left = _left(plan, study, costs)
     timed = sum(ended.is_measured for ended in study.ended)
@@ -152,9 +169,11 @@ def quote(plan: Plan, study: Study, *, workers: int = 1) -> Quote:
     total = study.spent_seconds + rest
     if plan.budget.gpu_seconds is not None:
         total = np.minimum(total, max(plan.budget.gpu_seconds, study.spent_seconds))
-    times = np.maximum((total - study.spent_seconds) / workers, common * left.chain)
     if plan.budget.deadline_seconds is not None:
         until = max(plan.budget.deadline_seconds - study.elapsed_seconds, 0.0)
+        total = np.minimum(total, study.spent_seconds + workers * until)
+    times = np.maximum((total - study.spent_seconds) / workers, common * left.chain)
+    if plan.budget.deadline_seconds is not None:
         times = np.minimum(times, until)
     low, p50, p90, high = (float(x) for x in np.quantile(total, [0.05, 0.5, 0.9, 0.95]))
     eta, eta_p90 = (float(x) for x in np.quantile(times, [0.5, 0.9]))
@@ -168,61 +187,98 @@ def _bits(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+@dataclass
+class _Bill:
+    """What a search still has to pay for; `room` is how many trials it may still begin."""
+
+    room: float
+    seconds: list[float] = field(default_factory=list)
+    maybe: list[bool] = field(default_factory=list)
+
+    def add(
+        self, number: float, seconds: float, *, begins: bool = False, maybe: bool = False
+    ) -> int:
+        """Put down so many tasks, or as many as may be begun; return how many."""
+        count = max(0, int(min(number, self.room) if begins else number))
+        self.room -= count if begins else 0
+        self.seconds += [seconds] * count
+        self.maybe += [maybe] * count
+        return count
+
+
+class _Done:
+    """Tasks of a study counted: all, those that may still go on, those of trials not ruled out.
+
+    By rung, whether it is plain DPO's, and how it came there: `""` from the rung below (or
+    screening), `draw` as a drawn setting, `hand` as one that was asked for, `repeat` with another
+    seed.
+    """
+
+    def __init__(self, plan: Plan, study: Study) -> None:
+        self.started: dict[tuple[int, bool, str], int] = defaultdict(int)
+        self.usable: dict[tuple[int, bool, str], int] = defaultdict(int)
+        self.kept: dict[tuple[int, bool, str], int] = defaultdict(int)
+        failed, out = failed_tasks(plan, study), ruled_out(plan, study)
+        for task in study.tasks:
+            key = (task.rung, task.trial.arm == plan.plain.name, _kind(task))
+            self.started[key] += 1
+            self.usable[key] += task.key not in failed
+            self.kept[key] += task.trial.key not in out
+
+
+def _kind(task: Task) -> str:
+    if task.trial.repeat:
+        return "repeat"
+    if task.start or not task.trial.draw:
+        return ""
+    return "hand" if task.trial.origin is Origin.HAND else "draw"
+
+
 def _left(plan: Plan, study: Study, costs: Costs) -> _Left:
-    """What the shape still asks for, trial by trial, as if every trial went well.
+    """What the shape still asks for, trial by trial, as if every trial to come went well.
 
     Which arms will be promoted is not known: their tasks cost the mean of the screened arms, plain
     DPO's its own.
     """
-    others = [arm.name for arm in plan.screened if not arm.is_plain]
-    plain, shape, rungs = plan.plain.name, plan.shape, plan.rungs
-    seconds = [costs.task(task) for task in study.waiting]
-    seconds += [costs.task(running.task) for running in study.running]
-    there = {(task.rung, task.trial.arm == plain) for task in study.tasks}
-    counts: dict[tuple[int, bool, str], int] = defaultdict(int)
-    for task in study.tasks:
-        kind = (
-            "repeat" if task.trial.repeat else "draw" if task.start == 0 < task.trial.draw else ""
-        )
-        counts[task.rung, task.trial.arm == plain, kind] += 1
+    plain, shape, steps = plan.plain.name, plan.shape, [0, *plan.rungs]
+    others = [arm.name for arm in plan.screened if not arm.is_plain] or [plain]
+    limit, done = plan.budget.trials, _Done(plan, study)
+    bill = _Bill(math.inf if limit is None else limit - len({t.trial.key for t in study.tasks}))
 
     def mean(start: int, stop: int) -> float:
-        found = [costs.seconds(name, start=start, stop=stop) for name in others or [plain]]
+        found = [costs.seconds(name, start=start, stop=stop) for name in others]
         return math.fsum(found) / len(found)
 
+    for task in (*study.waiting, *(running.task for running in study.running)):
+        bill.add(1, costs.task(task))
+    # How many there are, or will be, at the rung below that may go on.
+    there = {is_plain: done.usable[0, is_plain, ""] for is_plain in (True, False)}
     screened = {task.trial.arm for task in study.tasks if task.rung == 0 and not task.trial.draw}
-    seconds += [
-        costs.seconds(arm.name, start=0, stop=rungs[0])
-        for arm in plan.screened
-        if arm.name not in screened
-    ]
-    steps = [0, *rungs]
-    available = min(len(others), shape.screened)
+    for arm in plan.screened:
+        if arm.name not in screened:
+            seconds = costs.seconds(arm.name, start=0, stop=steps[1])
+            there[arm.is_plain] += bill.add(1, seconds, begins=True)
+    leading = {False: min(shape.leading, there[False]), True: min(1, there[True])}
+    drawn = {}
+    for is_plain in (False, True):
+        key, to = (plan.draw_rung, is_plain, "draw"), steps[plan.draw_rung + 1]
+        seconds = costs.seconds(plain, start=0, stop=to) if is_plain else mean(0, to)
+        missing = leading[is_plain] * shape.draws - done.started[key]
+        asked = done.usable[plan.draw_rung, is_plain, "hand"]
+        drawn[is_plain] = asked + done.usable[key] + bill.add(missing, seconds, begins=True)
     for rung in range(1, plan.last + 1):
-        draws = shape.leading * shape.draws if rung - 1 == plan.draw_rung else 0
-        available = min(shape.kept[rung - 1], available + draws)
-        seconds += [mean(steps[rung], steps[rung + 1])] * max(
-            0, available - counts[rung, False, ""]
-        )
-        if (rung, True) not in there:
-            seconds.append(costs.seconds(plain, start=steps[rung], stop=steps[rung + 1]))
-    to = rungs[plan.draw_rung]
-    drawn = max(
-        0, min(shape.leading, len(others)) * shape.draws - counts[plan.draw_rung, False, "draw"]
-    )
-    seconds += [mean(0, to)] * drawn
-    seconds += [costs.seconds(plain, start=0, stop=to)] * max(
-        0, shape.draws - counts[plan.draw_rung, True, "draw"]
-    )
-    repeats = max(
-        0,
-        min(shape.repeats, available + 1)
-        - counts[plan.last, False, "repeat"]
-        - counts[plan.last, True, "repeat"],
-    )
-    maybe = [False] * len(seconds) + [True] * repeats
-    seconds += [mean(0, rungs[-1])] * repeats
-    return _Left(tuple(seconds), tuple(maybe), _chain(plan, study, costs))
+        for is_plain, places in ((False, shape.kept[rung - 1]), (True, 1)):
+            below = there[is_plain] + (drawn[is_plain] if plan.draw_rung == rung - 1 else 0)
+            key = (rung, is_plain, "")
+            free = places_left(places, done.started[key], done.usable[key])
+            missing = min(free, below - done.kept[key])
+            way = {"start": steps[rung], "stop": steps[rung + 1]}
+            seconds = costs.seconds(plain, **way) if is_plain else mean(**way)
+            there[is_plain] = done.usable[key] + bill.add(missing, seconds)
+    repeated = done.started[plan.last, False, "repeat"] + done.started[plan.last, True, "repeat"]
+    missing = min(shape.repeats, there[False] + there[True]) - repeated
+    bill.add(missing, mean(0, steps[-1]), begins=True, maybe=True)
+    return _Left(tuple(bill.seconds), tuple(bill.maybe), _chain(plan, study, costs))
 
 
 def _chain(plan: Plan, study: Study, costs: Costs) -> float:
@@ -250,8 +306,11 @@ def plan_search(
     drift_budget: float | None = None,
     pool: Sequence[Setting] = (),
     shape: str | None = None,
+    workers: int = 1,
 ) -> tuple[str, Plan]:
     """A plan in the shape of that name, or in the one that its budget pays, with the name.
+
+    `workers` is how many will share the work, which tells what can be done until a deadline.
 
     Raises:
         InvalidInput: there is no such shape, or arms or rungs cannot be a plan's (see `Plan`).
@@ -264,10 +323,10 @@ def plan_search(
         pool=tuple(pool),
         shape=Shape(screened=1, kept=(1,) * (len(rungs) - 1), leading=0, draws=0, repeats=0),
     )  # fmt: skip
-    return fit_shape(plan) if shape is None else (shape, shaped(plan, shape))
+    return fit_shape(plan, workers=workers) if shape is None else (shape, shaped(plan, shape))
 
 
-def fit_shape(plan: Plan) -> tuple[str, Plan]:
+def fit_shape(plan: Plan, *, workers: int = 1) -> tuple[str, Plan]:
     """The plan in the dearest shape that its budget is expected to pay, with the shape's name.
 
     Second seeds of finalists are not counted: they are trained if something is left. The cheapest
@@ -286,7 +345,7 @@ def fit_shape(plan: Plan) -> tuple[str, Plan]:
         if (
             price <= (budget.gpu_seconds or math.inf)
             and trials <= (budget.trials or math.inf)
-            and left.chain <= (budget.deadline_seconds or math.inf)
+            and max(left.chain, price / workers) <= (budget.deadline_seconds or math.inf)
         ):
             return name, tried
     return "least", shaped(plan, "least")

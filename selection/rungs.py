@@ -32,6 +32,7 @@ from selection.study import (
     Task,
     Trial,
     Wait,
+    places_left,
 )
 
 MATTERS = 0.5
@@ -55,9 +56,8 @@ def decide(plan: Plan, study: Study) -> Action:
         InvalidInput: the study has tasks that the plan cannot have.
     """
     now = Standing(plan, study)
-    if study.waiting:
-        first = min(study.waiting, key=lambda task: (task.rung, task.key))
-        if (start := now.start(first, "its worker was lost, or a person asked for it")) is not None:
+    for task in sorted(study.waiting, key=lambda task: (task.rung, task.key)):
+        if (start := now.start(task, "its worker was lost, or a person asked for it")) is not None:
             return start
     refused = False
     for wanted in _wanted(now):
@@ -93,11 +93,11 @@ def answer(plan: Plan, study: Study) -> Answer:
     """The answer if the search ended now; there is one at any time.
 
     Taken from the highest rung that any arm besides plain DPO has reached within the drift budget
-    (or plain DPO alone); of it the lowest mean log-loss over seeds. Who needs ties and drift goes
-    by `compared` and `select_winner`.
+    (or plain DPO alone); of it the lowest mean log-loss over seeds. Trials that `ruled_out` names
+    are not looked at. Who needs ties and drift goes by `compared` and `select_winner`.
     """
     now = Standing(plan, study)
-    fine = [ended for ended in now.measured if now.is_feasible(ended)]
+    fine = [ended for ended in now.measured if ended.task.key not in now.failed]
     others = [ended for ended in fine if not plan.arm(ended.task.trial.arm).is_plain]
     if not fine:
         arms = plan.screened
@@ -157,15 +157,20 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
     plan, start = now.plan, now.plan.rungs[rung - 1]
     plain = plan.plain.name
     below = now.at(rung - 1)
-    ahead = {
-        task.trial.key for task in now.tasks.values() if task.rung == rung and task.start == start
-    }
-    taken = sum(arm != plain and not repeat for arm, _, repeat in ahead)
-    left = now.allowed(plan.shape.kept[rung - 1], rung) - taken
-    rivals = [ended for ended in below if ended.task.trial.arm != plain]
-    going = [e for e in rivals if e.task.trial.key not in ahead][: max(left, 0)]
-    best = [ended for ended in below if ended.task.trial.arm == plain]
-    started = any(arm == plain and not repeat for arm, _, repeat in ahead)
+    ahead = [
+        task
+        for task in now.tasks.values()
+        if task.rung == rung and task.start == start and not task.trial.repeat
+    ]
+    gone = {task.trial.key for task in ahead}
+    usable = [task for task in ahead if task.key not in now.failed]
+    taken = sum(task.trial.arm != plain for task in usable)
+    places = now.allowed(plan.shape.kept[rung - 1], rung)
+    left = places_left(places, sum(task.trial.arm != plain for task in ahead), taken)
+    waiting = [ended for ended in below if ended.task.trial.key not in gone]
+    going = [e for e in waiting if e.task.trial.arm != plain][:left]
+    best = [ended for ended in waiting if ended.task.trial.arm == plain]
+    started = any(task.trial.arm == plain for task in usable)
     open_plain = any(
         running.task.trial.arm == plain and running.task.rung < rung
         for running in now.study.running
@@ -188,17 +193,19 @@ def _drawn(now: Standing) -> Iterator[Wanted]:
     screened = now.at(0)
     order = list(dict.fromkeys(e.task.trial.arm for e in screened))
     plain = plan.plain.name
-    drawn = {arm for arm in (a.name for a in plan.arms) if now.draws_of(arm)} - {plain}
+    # What a person asked for makes no arm a leading one, and takes no draw from any.
+    own = {
+        a.name: [t for t in now.draws_of(a.name) if t.origin is not Origin.HAND] for a in plan.arms
+    }
+    drawn = {arm for arm, trials in own.items() if trials} - {plain}
     by_value = [arm for arm in order if arm != plain]
     allowed = now.allowed(shape.leading, 1) if plan.draw_rung else _of_first(now, shape.leading)
     leading = [arm for arm in by_value if arm in drawn]
     leading += [arm for arm in by_value if arm not in drawn]
     leading = leading[: max(allowed, len(drawn))]
     arms = leading + ([plain] if any(e.task.trial.arm == plain for e in screened) else [])
-    for arm in sorted(arms, key=lambda arm: len(now.draws_of(arm))):
-        drawn_trials = now.draws_of(arm)
-        own = [trial for trial in drawn_trials if trial.origin is not Origin.HAND]
-        if len(own) < shape.draws and (trial := _next_draw(now, plan.arm(arm))) is not None:
+    for arm in sorted(arms, key=lambda arm: len(own[arm])):
+        if len(own[arm]) < shape.draws and (trial := _next_draw(now, plan.arm(arm))) is not None:
             yield Task(trial, plan.draw_rung, 0), f"{arm} leads, and its strengths are tuned"
 
 
@@ -270,15 +277,22 @@ def _decided(now: Standing) -> Stop | None:
     """
     plan, final = now.plan, now.at(now.plan.last)
     plain = plan.plain.name
+    at_end = [task for task in now.tasks.values() if task.rung == plan.last]
+    usable = [task for task in at_end if task.key not in now.failed and not task.trial.repeat]
     rivals = [ended for ended in final if ended.task.trial.arm != plain]
-    if not plan.last or not rivals or (plain, plan.last) not in now.reached:
+    if not plan.last or not rivals or all(task.trial.arm != plain for task in usable):
         return None
-    finished = {task.trial.config for task in now.tasks.values() if task.rung == plan.last}
+    finished = {task.trial.config for task in at_end}
+    free = places_left(
+        plan.shape.kept[-1],
+        sum(arm != plain for arm, _ in finished),
+        sum(task.trial.arm != plain for task in usable),
+    )
     left = [
         ended.task.trial.config
         for ended in now.at(plan.last - 1)
         if ended.task.trial.arm != plain and ended.task.trial.config not in finished
-    ][: max(0, plan.shape.kept[-1] - sum(arm != plain for arm, _ in finished))]
+    ][:free]
     if not left:
         return None
     leader = final[0].task.trial.config

@@ -8,7 +8,16 @@ from core.run_spec import CandidateSpec
 from selection.belief import Belief, Config, believe
 from selection.draws import candidate_at
 from selection.quote import Costs, costs_of
-from selection.study import HARD_LIMIT, Ended, Plan, Start, Study, Task, Trial
+from selection.study import (
+    HARD_LIMIT,
+    Ended,
+    Plan,
+    Start,
+    Study,
+    Task,
+    Trial,
+    failed_tasks,
+)
 
 _RESERVE_AT_MOST = 0.7
 _PATIENCE = 4.0
@@ -36,9 +45,9 @@ class Standing:
                 )
 
     @cached_property
-    def reached(self) -> set[tuple[str, int]]:
-        """Arms with the rungs that they are on their way to, or have come to."""
-        return {(task.trial.arm, task.rung) for task in self.tasks.values()}
+    def failed(self) -> frozenset[tuple[str, int, int, int]]:
+        """Tasks that came to nothing, or whose trial is ruled out."""
+        return failed_tasks(self.plan, self.study)
 
     @cached_property
     def belief(self) -> Belief:
@@ -55,18 +64,12 @@ class Standing:
         of = "" if limit is None else f" of {limit:.0f}"
         return f"{self.study.spent_seconds:.0f}{of} device seconds are spent"
 
-    def is_feasible(self, ended: Ended) -> bool:
-        """Measured, and within the drift budget."""
-        limit = self.plan.drift_budget
-        kept = limit is None or (ended.drift is not None and ended.drift <= limit)
-        return ended.is_measured and kept
-
     def at(self, rung: int) -> list[Ended]:
         """Feasible results of a rung, first seeds only; best expected at full length first."""
         found = [
             ended
             for ended in self.measured
-            if ended.task.rung == rung and not ended.task.trial.repeat and self.is_feasible(ended)
+            if ended.task.rung == rung and not ended.task.trial.repeat and self.plan.accepts(ended)
         ]
         return sorted(found, key=lambda e: (-self.belief.value(e.task.trial.config), e.task.key))
 
@@ -117,7 +120,7 @@ class Standing:
             limit = self._limit(expected, room)
         if budget.deadline_seconds is not None:
             left = budget.deadline_seconds - study.elapsed_seconds
-            if left < expected:
+            if left < expected + self.reserve(task, budget.deadline_seconds):
                 return None
             room = HARD_LIMIT * budget.deadline_seconds - study.elapsed_seconds
             limit = min(limit, self._limit(expected, room))
@@ -146,7 +149,9 @@ class Standing:
         """
         plan, needed = self.plan, 0.0
         plain = plan.plain.name
-        there = {(t.rung, t.trial.arm == plain) for t in self.tasks.values()}
+        there = {
+            (t.rung, t.trial.arm == plain) for t in self.tasks.values() if t.key not in self.failed
+        }
         for rung in range(task.rung + 1, plan.last + 1):
             start, stop = plan.rungs[rung - 1], plan.rungs[rung]
             if (rung, True) not in there:

@@ -118,6 +118,12 @@ class Plan:
     def __post_init__(self) -> None:
         _check_plan(self)
 
+    def accepts(self, ended: "Ended") -> bool:
+        """Whether a result is measured and within the drift budget."""
+        limit = self.drift_budget
+        kept = limit is None or (ended.drift is not None and ended.drift <= limit)
+        return ended.is_measured and kept
+
     @property
     def last(self) -> int:
         """Number of the last rung."""
@@ -204,6 +210,15 @@ def ladder(
         if step * 1.5 <= total_steps and (not rungs or step >= 1.5 * rungs[-1]):
             rungs.append(step)
     return (*rungs, total_steps)
+
+
+def places_left(places: int, started: int, usable: int) -> int:
+    """How many of a rung's places are free when so many have started for it, and may still go on.
+
+    Who failed gives its place away, but no more of them than there are places: where everybody
+    fails, that is not found out with everybody.
+    """
+    return max(0, min(places - usable, 2 * places - started))
 
 
 @dataclass(frozen=True)
@@ -319,6 +334,27 @@ class Study:
     def spent_seconds(self) -> float:
         """Device time of what has ended, dead attempts included."""
         return self.lost_seconds + math.fsum(ended.seconds for ended in self.ended)
+
+
+def ruled_out(plan: Plan, study: Study) -> frozenset[tuple[str, int, int]]:
+    """Trials (by key) that cannot win by what they showed earlier, as their whole run is no use.
+
+    They diverged, ran out of memory, took their workers with them, or drifted too far at some
+    rung. Who was cut for want of time keeps what it has shown.
+    """
+    no_fault = (EndedBy.BUDGET, EndedBy.PRUNER)
+    return frozenset(
+        ended.task.trial.key
+        for ended in study.ended
+        if ended.ended_by not in no_fault or (ended.is_measured and not plan.accepts(ended))
+    )
+
+
+def failed_tasks(plan: Plan, study: Study) -> frozenset[tuple[str, int, int, int]]:
+    """Tasks (by key) that came to nothing, or whose trial is ruled out."""
+    out = ruled_out(plan, study)
+    failed = {ended.task.key for ended in study.ended if not plan.accepts(ended)}
+    return frozenset(failed | {t.key for t in study.tasks if t.trial.key in out})
 
 
 @dataclass(frozen=True)
