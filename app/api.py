@@ -11,6 +11,7 @@ from app import (
     dataset_rows,
     dataset_versions,
     datasets,
+    evaluations,
     files,
     fine_tuning,
     jobs,
@@ -30,7 +31,7 @@ def v1_router() -> APIRouter:
     for domain in (
         datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
         checkpoints, checkpoint_downloads, files, upload_sessions,
-        webhooks,
+        webhooks, evaluations,
         api_keys, usage, workers, audit, catalog,
     ):  # fmt: skip
         router.include_router(domain.router)

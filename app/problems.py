@@ -17,7 +17,8 @@ EXPLANATIONS = {
     "cancel_requested": "The job was asked to stop.",
     "canonical_damaged": "The stored rows of a dataset have changed on disk. Upload it again.",
     "checkpoint_corrupt": "A file of the checkpoint is not the one that was published.",
-    "checkpoint_not_adapter": "Only an adapter can be merged into its base model.",
+    "checkpoint_not_adapter": "Only an adapter can be merged into its base model, or measured "
+    "against it.",
     "checkpoint_in_use": "A job that has not ended makes or reads the checkpoint.",
     "conflict": "The object is in a state that does not allow this request.",
     "corrupt_arrow": "The Arrow file is damaged or cut off. Write it again.",
@@ -65,6 +66,7 @@ EXPLANATIONS = {
     "model_needs_remote_code": "The model brings code of its own, which kdpo never runs.",
     "model_not_allowed": "This server may not take that model from the hub.",
     "model_not_found": "There is no such model, or its files cannot be read.",
+    "model_not_reward_model": "Answers are judged by a sequence classifier with one output.",
     "model_not_safetensors": "The model has no safetensors files; pickles are not read.",
     "model_unreachable": "The hub does not answer, and the model is not in the local cache.",
     "not_found": "There is no such path or object, or it belongs to somebody else.",

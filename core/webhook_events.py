@@ -14,6 +14,8 @@ class WebhookEventType(StrEnum):
     JOB_STALLED = "fine_tuning.job.stalled"
     RECOMMENDATION_COMPLETED = "recommendation.completed"
     RECOMMENDATION_FAILED = "recommendation.failed"
+    EVALUATION_COMPLETED = "evaluation.completed"
+    EVALUATION_FAILED = "evaluation.failed"
     STUDY_COMPLETED = "study.completed"
     DATASET_READY = "dataset.ready"
     DATASET_INVALID = "dataset.invalid"

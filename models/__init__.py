@@ -3,6 +3,7 @@
 from models.audit import AuditEntry
 from models.base import Base
 from models.dataset import Dataset
+from models.evaluation import AnsweredPrompt
 from models.experiment import (
     Checkpoint,
     MetricPoint,
@@ -20,6 +21,7 @@ from models.replay import Replay
 from models.webhook import Webhook, WebhookDelivery
 
 __all__ = [
+    "AnsweredPrompt",
     "ApiKey",
     "AuditEntry",
     "Base",

@@ -163,6 +163,11 @@ def _dispatch(context: JobContext) -> dict[str, Any]:
             from worker.jobs import export
 
             return export.run(context)
+        case JobKind.EVALUATION:
+            with _importing():
+                from worker.jobs import evaluate_checkpoint
+
+            return evaluate_checkpoint.run(context)
         case JobKind.SEARCH:
             with _importing():
                 from worker.jobs import help_search
@@ -190,7 +195,7 @@ def _import_models() -> None:
     """Import what jobs of models need; a job that needs what cannot be imported fails by itself."""
     with _importing():
         try:
-            for name in ("fine_tune", "recommend", "export", "help_search"):
+            for name in ("fine_tune", "recommend", "export", "help_search", "evaluate_checkpoint"):
                 importlib.import_module(f"worker.jobs.{name}")
         except Exception:
             _log.exception("a spare runner could not import all that jobs need")

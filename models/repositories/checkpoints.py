@@ -154,7 +154,9 @@ class CheckpointRepository:
 
     def _user(self, row: Checkpoint) -> str | None:
         """Return a job that has not ended and makes or reads the checkpoint."""
-        reads = (Job.kind == JobKind.EXPORT) & (Job.spec["checkpoint_id"].as_string() == row.id)
+        reads = Job.kind.in_((JobKind.EXPORT, JobKind.EVALUATION)) & (
+            Job.spec["checkpoint_id"].as_string() == row.id
+        )
         using = (
             select(Job.id)
             .where(

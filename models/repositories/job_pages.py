@@ -18,6 +18,7 @@ class JobFilter:
     dataset_id: str | None = None
     model: str | None = None
     parent_id: str | None = None
+    checkpoint_id: str | None = None
     created_after: float | None = None
     created_before: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -33,6 +34,8 @@ class JobFilter:
         ):
             if value is not None:
                 yield column == value
+        if self.checkpoint_id is not None:
+            yield Job.spec["checkpoint_id"].as_string() == self.checkpoint_id
         if self.created_after is not None:
             yield Job.created_at > self.created_after
         if self.created_before is not None:

@@ -22,6 +22,10 @@ _OF_RECOMMENDATION = {
     JobStatus.SUCCEEDED.value: WebhookEventType.RECOMMENDATION_COMPLETED,
     JobStatus.FAILED.value: WebhookEventType.RECOMMENDATION_FAILED,
 }
+_OF_EVALUATION = {
+    JobStatus.SUCCEEDED.value: WebhookEventType.EVALUATION_COMPLETED,
+    JobStatus.FAILED.value: WebhookEventType.EVALUATION_FAILED,
+}
 _OF_WARNING = {
     "checkpoint_expiring": WebhookEventType.CHECKPOINT_EXPIRING,
     "checkpoint_expired": WebhookEventType.CHECKPOINT_EXPIRED,
@@ -82,8 +86,9 @@ def _told(
             lost = data.get("outcome") == "lost"
             told = WebhookEventType.JOB_STALLED if lost else _OF_TRAINING.get(data["status"])
             return None if told is None else (told, job_id)
-        case EventType.JOB_STATUS, JobKind.RECOMMENDATION:
-            ended = _OF_RECOMMENDATION.get(data["status"])
+        case EventType.JOB_STATUS, JobKind.RECOMMENDATION | JobKind.EVALUATION:
+            ends = _OF_RECOMMENDATION if kind is JobKind.RECOMMENDATION else _OF_EVALUATION
+            ended = ends.get(data["status"])
             return None if ended is None else (ended, job_id)
         case EventType.JOB_STATUS, JobKind.DATASET:
             return _dataset(session, job_id, JobStatus(data["status"]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from core.errors import FailureCode, RunAborted
+from core.errors import FailureCode, NotFound, RunAborted
 from core.hub import fetch
 from core.ids import IdPrefix
 from core.lifecycle import Phase
@@ -37,13 +37,13 @@ def run(context: JobContext) -> dict[str, Any]:
         return done
     # A job exports one checkpoint, so its id follows from the job's: attempts agree on it.
     checkpoint_id = IdPrefix.CHECKPOINT + context.fence.job_id[-ULID_LENGTH:]
-    source = _source(context)
-    adapter = _verified(context.settings.artifact_dir / source.path, sha256=source.manifest_sha256)
+    source = adapter_row(context, to="merge")
+    adapter = verified(context.settings.artifact_dir / source.path, sha256=source.manifest_sha256)
     base = ModelRef.model_validate(adapter.manifest["base_model"])
     if base.source == "hub":
         context.phase(Phase.DOWNLOADING_MODEL)
     folder = fetch(base, context.settings)
-    _check_base(folder, adapter.manifest)
+    check_base(folder, adapter.manifest)
     context.raise_if_stopped()
     context.phase(Phase.SAVING)
     with context.step("save") as result:
@@ -68,21 +68,32 @@ def run(context: JobContext) -> dict[str, Any]:
     return dict(result)
 
 
-def _source(context: JobContext) -> Checkpoint:
-    with context.database.reading() as session:
-        row = ExperimentRepository(session).checkpoint(
-            context.job.owner_id, str(context.job.spec["checkpoint_id"])
-        )
+def adapter_row(context: JobContext, *, to: str) -> Checkpoint:
+    """Return the adapter that the job names.
+
+    Raises:
+        RunAborted: it is no adapter, or was deleted.
+    """
+    named = str(context.job.spec["checkpoint_id"])
+    try:
+        with context.database.reading() as session:
+            row = ExperimentRepository(session).checkpoint(context.job.owner_id, named)
+    except NotFound as error:
+        raise RunAborted(
+            f"checkpoint {named} was deleted, expected an adapter to {to}",
+            failure=FailureCode.CHECKPOINT_CORRUPT,
+            hint="name another checkpoint, or run the fine-tuning job again",
+        ) from error
     if row.kind != "adapter":
         raise RunAborted(
-            f"checkpoint {row.id} is of kind {row.kind!r}, expected an adapter to merge",
+            f"checkpoint {row.id} is of kind {row.kind!r}, expected an adapter to {to}",
             failure=FailureCode.CHECKPOINT_CORRUPT,
             hint="name the checkpoint `final` or `baseline` of a fine-tuning job",
         )
     return row
 
 
-def _check_base(folder: Path, manifest: dict[str, Any]) -> None:
+def check_base(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse a base that is not the one that the adapter was trained on, by content."""
     found = {
         "model_sha256": model_sha256(folder),
@@ -105,7 +116,12 @@ def _check_base(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _verified(path: Path, *, sha256: str) -> SealedFolder:
+def verified(path: Path, *, sha256: str) -> SealedFolder:
+    """Open a published folder, all of its files checked.
+
+    Raises:
+        RunAborted: it is damaged (`checkpoint_corrupt`).
+    """
     try:
         return open_sealed(path, manifest_name=MANIFEST, sha256=sha256)
     except FolderDamaged as error:

@@ -309,12 +309,18 @@ class Workbench:
         )
 
     @cached_property
+    def _of_model(self) -> dict[str, str]:
+        return {
+            "model_sha256": model_sha256(self._folder),
+            "tokenizer_sha256": tokenizer_sha256(self._folder),
+        }
+
+    @cached_property
     def hashes(self) -> dict[str, str]:
         """Hashes of everything that is read."""
         return {
             "dataset_sha256": str(self.dataset.canonical_sha256),
-            "model_sha256": model_sha256(self._folder),
-            "tokenizer_sha256": tokenizer_sha256(self._folder),
+            **self._of_model,
             "tokens_sha256": tokens_sha256(self.pairs[Split.TRAIN]),
         }
 
@@ -325,8 +331,8 @@ class Workbench:
 
     def _key(self, pairs: Sequence[TokenizedPair]) -> str:
         return reference_key(
-            model=self.hashes["model_sha256"],
-            tokenizer=self.hashes["tokenizer_sha256"],
+            model=self._of_model["model_sha256"],
+            tokenizer=self._of_model["tokenizer_sha256"],
             tokens=tokens_sha256(pairs),
             precision=self.policy.precision,
             # Attention in packed rows rounds in its own way, so it is part of the layout.

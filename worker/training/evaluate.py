@@ -161,8 +161,8 @@ def pair_groups(pairs: Sequence[TokenizedPair]) -> Ints:
     return np.array([groups.setdefault(p.group_id, len(groups)) for p in pairs])
 
 
-def preference_losses(margins: Floats, temperature: float) -> Floats:
-    """Per-pair -log sigma(b m), (N,)."""
+def preference_losses(margins: Floats, temperature: float | Floats) -> Floats:
+    """Per-pair -log sigma(b m), (N,); one b for all pairs, or one for each."""
     return np.logaddexp(0.0, -temperature * margins)
 
 
@@ -197,14 +197,17 @@ def fit_temperature(margins: Floats) -> float:
 
 def accuracy(margins: Floats) -> float:
     """Share of positive margins; a tie counts one half."""
-    return float(np.mean(_right(margins)))
+    return float(np.mean(rights(margins)))
 
 
-def calibration_error(margins: Floats, temperature: float) -> float:
-    """Expected calibration error of sigma(b |m|) over 15 equal bins of confidence in [1/2, 1]."""
+def calibration_error(margins: Floats, temperature: float | Floats) -> float:
+    """Expected calibration error of sigma(b |m|) over 15 equal bins of confidence in [1/2, 1].
+
+    One b for all pairs, or one for each, (N,).
+    """
     confidence = 0.5 * (1.0 + np.tanh(0.5 * temperature * np.abs(margins)))
     index = np.minimum(((confidence - 0.5) * 2 * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gap = np.bincount(index, weights=_right(margins) - confidence, minlength=ECE_BINS)
+    gap = np.bincount(index, weights=rights(margins) - confidence, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / margins.size)
 
 
@@ -215,12 +218,7 @@ def trial_score(measured: Measured) -> TrialScore:
     both halves are the whole.
     """
     margins, group = measured.margins, measured.group
-    fold = group % 2
-    losses = np.zeros_like(margins)
-    for side in (0, 1):
-        fitted_on = margins[fold != side]
-        temperature = fit_temperature(fitted_on if fitted_on.size else margins)
-        losses[fold == side] = preference_losses(margins[fold == side], temperature)
+    losses = preference_losses(margins, cross_fitted_temperatures(measured))
     return TrialScore(
         losses=losses,
         log_loss=float(losses.mean()),
@@ -231,11 +229,24 @@ def trial_score(measured: Measured) -> TrialScore:
     )
 
 
-def evaluation(test: Measured, *, temperature: float) -> Evaluation:
-    """Quality on test at a temperature that was fitted on validation."""
+def cross_fitted_temperatures(measured: Measured) -> Floats:
+    """Temperatures of pairs that are fitted on the other half of the prompts, (N,).
+
+    With pairs of one prompt only, both halves are the whole.
+    """
+    margins, fold = measured.margins, measured.group % 2
+    temperatures = np.zeros_like(margins)
+    for side in (0, 1):
+        fitted_on = margins[fold != side]
+        temperatures[fold == side] = fit_temperature(fitted_on if fitted_on.size else margins)
+    return temperatures
+
+
+def evaluation(test: Measured, *, temperature: float | Floats) -> Evaluation:
+    """Quality at a temperature that was fitted on other pairs; of several their mean is told."""
     return Evaluation(
         log_loss=float(preference_losses(test.margins, temperature).mean()),
-        temperature=temperature,
+        temperature=float(np.mean(temperature)),
         accuracy=accuracy(test.margins),
         accuracy_length_normalized=accuracy(test.normalized_margins),
         calibration_error=calibration_error(test.margins, temperature),
@@ -279,7 +290,16 @@ def t_quantile(degrees: int) -> float:
 def bootstrap_mean(
     values: Floats, group: Ints, *, seed: int, resamples: int = BOOTSTRAP
 ) -> Estimate:
-    """Mean with its percentile interval over resamples of whole prompts, widened for few prompts.
+    """Mean with its percentile interval over resamples of whole prompts; see `bootstrap_ratio`."""
+    return bootstrap_ratio(values, np.ones_like(values), group, seed=seed, resamples=resamples)
+
+
+def bootstrap_ratio(
+    values: Floats, weights: Floats, group: Ints, *, seed: int, resamples: int = BOOTSTRAP
+) -> Estimate:
+    """Σ values / Σ weights with its percentile interval, widened for few prompts.
+
+    Whole prompts are drawn, and the ratio is taken anew of each draw.
 
     Percentiles of G prompts are too near the mean: their spread lacks sqrt(G/(G-1)) and they know
     no t distribution. Both ends move out by t_{G-1, 0.975} / 1.96 * sqrt(G/(G-1)) (Hesterberg
@@ -287,7 +307,7 @@ def bootstrap_mean(
     """
     _, index = np.unique(group, return_inverse=True)
     sums = np.bincount(index, weights=values)
-    counts = np.bincount(index).astype(np.float64)
+    counts = np.bincount(index, weights=weights)
     clusters = sums.size
     rng = np.random.default_rng(seed)
     rows = max(1, _CELLS // clusters)
@@ -298,7 +318,7 @@ def bootstrap_mean(
         ).astype(np.float64)
         means.append((drawn @ sums) / (drawn @ counts))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    value = float(values.mean())
+    value = float(values.sum() / weights.sum())
     widening = 1.0
     if clusters > 1:
         widening = t_quantile(clusters - 1) / _Z975 * math.sqrt(clusters / (clusters - 1))
@@ -325,7 +345,7 @@ def compare(
     """
     losses = preference_losses(run.margins, run_temperature)
     losses = losses - preference_losses(baseline.margins, baseline_temperature)
-    rights = _right(run.margins) - _right(baseline.margins)
+    gained = rights(run.margins) - rights(baseline.margins)
     log_loss = bootstrap_mean(losses, run.group, seed=seed)
     drift = run.drift - baseline.drift
     prompts = int(np.unique(run.group).size)
@@ -341,7 +361,7 @@ def compare(
     return Comparison.model_validate(
         {
             "log_loss": log_loss,
-            "accuracy": bootstrap_mean(rights, run.group, seed=seed),
+            "accuracy": bootstrap_mean(gained, run.group, seed=seed),
             "drift": drift,
             "verdict": verdict,
             "sentence": f"{sentence} on {run.margins.size} test pairs of {prompts} prompts: "
@@ -375,5 +395,6 @@ def same_objective() -> Comparison:
     )
 
 
-def _right(margins: Floats) -> Floats:
+def rights(margins: Floats) -> Floats:
+    """1 of a positive margin, 1/2 of a tie, else 0, (N,)."""
     return (margins > 0).astype(np.float64) + 0.5 * (margins == 0)

@@ -280,6 +280,11 @@ def encode_rendered(
     return found
 
 
+def rendered_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a whole conversation, under the tokenizer's chat template."""
+    return _ids(tokenizer, [_render(tokenizer, messages, answer_next=False)])[0]
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool
 ) -> str:
