@@ -17,6 +17,8 @@ from app import (
     jobs,
     recommendations,
     studies,
+    study_changes,
+    study_quote,
     upload_sessions,
     usage,
     webhooks,
@@ -29,7 +31,8 @@ def v1_router() -> APIRouter:
     """Return all of `/v1`; every endpoint documents the problem body as its error."""
     router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
     for domain in (
-        datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs, studies,
+        datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs,
+        studies, study_quote, study_changes,
         checkpoints, checkpoint_downloads, files, upload_sessions,
         webhooks, evaluations,
         api_keys, usage, workers, audit, catalog,

@@ -119,6 +119,15 @@ class Accepted:
     model: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Cloned:
+    """The study that a job is made from; `model` is the pinned one where it stays the same."""
+
+    study_id: str
+    warm_start: bool
+    model: dict[str, Any] | None
+
+
 @router.post("", operation_id="create_fine_tuning_job")
 def create_fine_tuning_job(
     caller: WritesJobs,
@@ -142,11 +151,12 @@ def queue_fine_tuning(
     body: CreateFineTuningJob,
     *,
     accepted: Accepted | None = None,
+    clone: Cloned | None = None,
     dry_run: bool = False,
 ) -> FineTuningJob:
     """Queue a fine-tuning job; one that an accepted recommendation names has its very model.
 
-    In a dry run all of it is undone.
+    So has a clone, unless it names another one. In a dry run all of it is undone.
 
     Raises:
         NotFound: no such dataset.
@@ -155,7 +165,7 @@ def queue_fine_tuning(
     """
     with database.reading() as session:
         training_data(session, owner_id, body.data)
-    spec = _job_spec(body, settings, accepted)
+    spec = _job_spec(body, settings, accepted or clone)
     with database.transaction() as session:
         data = training_data(session, owner_id, body.data, lock=True)
         job = JobRepository(session).create(
@@ -179,7 +189,7 @@ def queue_fine_tuning(
 
 
 def _job_spec(
-    body: CreateFineTuningJob, settings: Settings, accepted: Accepted | None
+    body: CreateFineTuningJob, settings: Settings, origin: Accepted | Cloned | None
 ) -> dict[str, Any]:
     """Return what the worker reads, with every model pinned."""
     encoder = None
@@ -187,15 +197,17 @@ def _job_spec(
         encoder = resolve(body.method.kernel_dpo.encoder, settings).model_dump(mode="json")
     spec: dict[str, Any] = {
         "model": resolve(body.model, settings).model_dump(mode="json")
-        if accepted is None
-        else accepted.model,
+        if origin is None or origin.model is None
+        else origin.model,
         "method": body.method.model_dump(mode="json"),
         "encoder": encoder,
     }
     if body.training_file is not None:
         spec["training_file"] = body.training_file
-    if accepted is not None:
-        spec["recommendation_id"] = accepted.id
+    if isinstance(origin, Accepted):
+        spec["recommendation_id"] = origin.id
+    elif origin is not None:
+        spec |= {"cloned_from": origin.study_id, "warm_start": origin.warm_start}
     return spec if body.suffix is None else {**spec, "suffix": body.suffix}
 
 

@@ -55,22 +55,30 @@ class Strengths(SpecModel):
 
 
 class SettingTask(SpecModel):
-    """What an arm trains at these strengths: factors, or absolute values."""
+    """What an arm trains at these strengths: factors, or absolute values.
+
+    What they leave open is as in the setting `base`, or as recommended.
+    """
 
     kind: Literal["setting"] = "setting"
     plan: dict[str, Any]
     arm: str
     strengths: Strengths
     absolute: bool
+    base: dict[str, Any] | None = None
 
 
 class SettingFound(SpecModel):
-    """The setting, what it trains, and the rung that a drawn trial goes to first."""
+    """The setting, what it trains, and the rung that a drawn trial goes to first.
+
+    `recommended`: it is the very setting that arms are screened at.
+    """
 
     kind: Literal["found"] = "found"
     setting: dict[str, Any]
     candidate: CandidateSpec
     rung: int
+    recommended: bool
 
 
 class SettingRefused(SpecModel):

@@ -36,7 +36,14 @@ from selection.quote import fit_shape, quote, shaped
 from selection.study import Arm, Budget
 from selection.ties import Floats, Ints
 from selection.winner import FinishedTrial, paired_error, select_winner
-from selection.wire import TaskFacts, plan_from_json, plan_to_json, setting_to_json, study_of
+from selection.wire import (
+    TaskFacts,
+    plan_from_json,
+    plan_to_json,
+    setting_from_json,
+    setting_to_json,
+    study_of,
+)
 
 _Z = 1.959963984540054
 """97.5 % of a normal distribution lies below it."""
@@ -99,7 +106,10 @@ def _setting(task: SettingTask) -> SettingFound | SettingRefused:
         return SettingRefused(detail=str(refused), param=refused.param)
     except InvalidInput as unknown:
         return SettingRefused(detail=unknown.message, param=None)
-    return SettingFound(setting=setting_to_json(setting), candidate=candidate, rung=plan.draw_rung)
+    return SettingFound(
+        setting=setting_to_json(setting), candidate=candidate, rung=plan.draw_rung,
+        recommended=setting == RECOMMENDED,
+    )  # fmt: skip
 
 
 def _values(candidate: CandidateSpec) -> dict[str, float]:
@@ -144,7 +154,8 @@ def _factors(arm: Arm, task: SettingTask) -> Setting:
             raise _Refused(
                 f"mixture is {list(mixture)}; expected weights of {_LOW} to {_HIGH}", "mixture"
             )
-    return replace(RECOMMENDED, **factors, mixture=mixture)
+    base = RECOMMENDED if task.base is None else setting_from_json(task.base)
+    return replace(base, **factors, mixture=base.mixture if mixture is None else mixture)
 
 
 def _refuse_clipped(arm: Arm, setting: Setting, candidate: CandidateSpec) -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal, assert_never
 
 import orjson
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from app.deps import ID_PATTERN, TEXT_PATTERN, Config, Db, PageOf, ReadsJobs
@@ -25,6 +25,7 @@ from app.study_answers import (
     pareto_view,
     steps_of,
 )
+from app.study_bodies import StudyId, TrialNumber
 from app.study_process import importance_task, journal_task, parquet_task, run_task
 from app.study_rungs import answer_rung, fullest_rung
 from app.study_table import csv_text, trial_table
@@ -45,11 +46,9 @@ from models.session import Database
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 
-StudyId = Annotated[str, Path(pattern=ID_PATTERN)]
 Rung = Annotated[
     int | None, Query(ge=0, lt=100, description="compare what was measured at this one")
 ]
-TrialNumber = Annotated[int, Path(ge=0, lt=2**31)]
 Seconds = Annotated[int | None, Query(ge=0, lt=2**53, description="unix seconds")]
 
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.lifecycle import EndedBy
 from core.run_spec import CandidateSpec
 from models.repositories.studies import Measurement
+
+_NO_FAULT = (None, EndedBy.BUDGET, EndedBy.PRUNER)
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Config:
     """A configuration at a rung: one measurement of each seed, the search's own seed first.
 
     It is known by the number of its first trial. `drift` is the largest over seeds, None where one
-    is unknown.
+    is unknown; `feasible`: it may win, also by what it showed at longer rungs.
     """
 
     seeds: tuple[Measurement, ...]
@@ -56,16 +59,28 @@ def is_feasible(drift: float | None, plan: dict[str, Any]) -> bool:
     return limit is None or (drift is not None and drift <= limit)
 
 
+def _ruled_out(measured: Sequence[Measurement], plan: dict[str, Any]) -> set[str]:
+    """Return trials that cannot win by what they showed earlier, as `selection.rungs.ruled_out`.
+
+    They came to a bad end, or drifted too far at some rung; who was cut for want of time did not.
+    """
+    return {
+        one.trial_id
+        for one in measured
+        if one.trial_ended_by not in _NO_FAULT or not is_feasible(one.drift, plan)
+    }
+
+
 def answer_rung(measured: Sequence[Measurement], plan: dict[str, Any]) -> int | None:
     """Return the rung that the answer is taken from, as `selection.rungs.answer` does.
 
-    The highest one that any pair besides plain DPO has reached within the drift budget; without
-    such a pair the highest of plain DPO; without that the highest of all, where nothing can win.
-    None before the first result.
+    The highest one that any pair has reached that may win; without such a pair the highest of
+    plain DPO; without that the highest of all, where nothing can win. None before a first result.
     """
     plain = plain_arm(plan)
     finite = [m for m in measured if math.isfinite(m.log_loss)]
-    fine = [m for m in finite if is_feasible(m.drift, plan)]
+    out = _ruled_out(measured, plan)
+    fine = [m for m in finite if m.trial_id not in out]
     pairs = [m for m in fine if m.arm != plain]
     return max((m.rung for m in pairs or fine or finite), default=None)
 
@@ -74,21 +89,22 @@ def configs_at(
     measured: Sequence[Measurement], rung: int | None, plan: dict[str, Any]
 ) -> list[Config]:
     """Return the configurations that were measured at a rung; seeds of one are averaged."""
+    out = _ruled_out(measured, plan)
     found: dict[tuple[str, int], list[Measurement]] = defaultdict(list)
     for one in sorted(measured, key=lambda m: (m.repeat, m.number)):
         if one.rung == rung and math.isfinite(one.log_loss):
             found[one.arm, one.draw].append(one)
-    return [_config(tuple(seeds), plan) for seeds in found.values()]
+    return [_config(tuple(seeds), plan, out) for seeds in found.values()]
 
 
-def _config(seeds: tuple[Measurement, ...], plan: dict[str, Any]) -> Config:
+def _config(seeds: tuple[Measurement, ...], plan: dict[str, Any], out: set[str]) -> Config:
     drifts = [math.inf if one.drift is None else one.drift for one in seeds]
     drift = max(drifts) if math.isfinite(max(drifts)) else None
     return Config(
         seeds=seeds,
         log_loss=math.fsum(one.log_loss for one in seeds) / len(seeds),
         drift=drift,
-        feasible=is_feasible(drift, plan),
+        feasible=is_feasible(drift, plan) and not any(one.trial_id in out for one in seeds),
     )
 
 

@@ -76,7 +76,7 @@ class StudyView(Schema):
                             "tasks": 51, "workers": 1,
                         }
                     ],
-                    "helpers": 1, "parallelism": 2,
+                    "helpers": 1, "parallelism": 2, "cloned_from": None,
                     "trials": {"waiting": 20, "running": 1, "complete": 3, "pruned": 0, "fail": 0},
                     "best_trial": TRIAL_EXAMPLE, "gpu_seconds": 36.1, "lost_seconds": 0.0,
                 }
@@ -103,6 +103,7 @@ class StudyView(Schema):
         "`GET …/quote` has it now"
     )
     helpers: int = Field(description="jobs that work on it besides its own, or are queued to")
+    cloned_from: str | None = Field(description="the study that it was made from")
     parallelism: int | None = Field(description="most workers at once; null: all there are")
     trials: dict[str, int] = Field(description="how many are in which state")
     best_trial: TrialView | None = Field(
@@ -139,9 +140,10 @@ def study_views(session: Session, rows: Sequence[StudyRow]) -> list[StudyView]:
                 stopped_by=row.stopped_by,
                 stop_reason=row.stop_reason,
                 spec=row.spec,
-                plan=plan_view(row),
+                plan=_plan_view(row),
                 quotes=row.quotes,
                 helpers=SearchRepository(session).open_helpers(row.job_id),
+                cloned_from=job.spec.get("cloned_from"),
                 parallelism=row.spec.get("parallelism"),
                 trials={s.value: tallies[row.id].counts.get(s, 0) for s in TrialStatus},
                 best_trial=None
@@ -156,25 +158,32 @@ def study_views(session: Session, rows: Sequence[StudyRow]) -> list[StudyView]:
     return views
 
 
-def plan_view(study: StudyRow) -> PlanView | None:
-    """Return the plan of a study in short; searches of old versions have none."""
-    plan = study.plan
+def budget_view(plan: dict[str, Any]) -> BudgetView | None:
+    """Return the budget of a stored plan; searches of old versions have none."""
     if not plan:
         return None
-    budget, shape = plan["budget"], plan["shape"]
+    budget = plan["budget"]
+    return BudgetView(
+        gpu_seconds=budget["gpu_seconds"],
+        max_trials=budget["trials"],
+        deadline_seconds=budget["deadline_seconds"],
+    )
+
+
+def _plan_view(study: StudyRow) -> PlanView | None:
+    """Return the plan of a study in short; searches of old versions have none."""
+    plan, budget = study.plan, budget_view(study.plan)
+    if budget is None:
+        return None
     return PlanView(
         shape=study.shape,
-        budget=BudgetView(
-            gpu_seconds=budget["gpu_seconds"],
-            max_trials=budget["trials"],
-            deadline_seconds=budget["deadline_seconds"],
-        ),
+        budget=budget,
         rungs=plan["rungs"],
         arms=[arm["name"] for arm in plan["arms"]],
         drift_budget=plan["drift_budget"],
         step_seconds=plan["step_seconds"],
         score_seconds=plan["score_seconds"],
-        **shape,
+        **plan["shape"],
     )
 
 

@@ -87,6 +87,7 @@ class TaskView(Schema):
     status: TaskStatus
     reason: str = Field(description="why it was started")
     ended_by: EndedBy | None = Field(description="`budget`: the rung was reached")
+    message: str | None = Field(description="why it was not reached")
     job_id: str | None = Field(description="who trained it: the job itself, or one that helps it")
     seconds: float = Field(description="device seconds of the last attempt")
     lost_seconds: float = Field(description="device seconds of attempts that came to nothing")
@@ -124,9 +125,10 @@ class TrialDetail(TrialView):
                         {
                             "rung": 3, "start": 200, "stop": 1000, "status": "ended",
                             "reason": "among the best at step 200", "ended_by": "budget",
-                            "job_id": "ftjob-01jd8", "seconds": 9.4, "lost_seconds": 0.0,
-                            "losses": 0, "limit_seconds": 21.5, "log_loss": 0.6112,
-                            "drift": 0.031, "started_at": 1795441000, "finished_at": 1795441010,
+                            "message": None, "job_id": "ftjob-01jd8", "seconds": 9.4,
+                            "lost_seconds": 0.0, "losses": 0, "limit_seconds": 21.5,
+                            "log_loss": 0.6112, "drift": 0.031, "started_at": 1795441000,
+                            "finished_at": 1795441010,
                         }
                     ],
                 }
@@ -177,6 +179,7 @@ def _task_view(task: TaskRow, study: StudyRow) -> TaskView:
         status=task.status,
         reason=task.reason,
         ended_by=task.ended_by,
+        message=task.metrics.get("message"),
         job_id=task.job_id,
         seconds=task.seconds,
         lost_seconds=task.lost_seconds,

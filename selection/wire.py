@@ -60,6 +60,15 @@ def setting_to_json(setting: Setting) -> dict[str, Any]:
     return found
 
 
+def setting_from_json(value: dict[str, Any]) -> Setting:
+    """Return the setting that was written.
+
+    Raises:
+        pydantic.ValidationError: this is no setting.
+    """
+    return _SETTING.validate_python(value)
+
+
 def study_of(facts: Iterable[TaskFacts], *, elapsed_seconds: float) -> Study:
     """Return all that is known of a search, from the rows of its tasks."""
     ended, running, waiting, lost = [], [], [], 0.0
@@ -70,7 +79,7 @@ def study_of(facts: Iterable[TaskFacts], *, elapsed_seconds: float) -> Study:
                 arm=fact.arm,
                 draw=fact.draw,
                 repeat=fact.repeat,
-                setting=_SETTING.validate_python(fact.setting),
+                setting=setting_from_json(fact.setting),
                 origin=Origin(fact.origin),
             ),
             rung=fact.rung,

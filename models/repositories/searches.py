@@ -322,6 +322,8 @@ class SearchRepository:
         if measured:
             trial.rung, trial.log_loss, trial.drift = record.task.rung, end.log_loss, end.drift
             trial.metrics = end.metrics
+        else:  # figures are those of the rung before, with why it went no further
+            trial.metrics = {**trial.metrics, **end.metrics}
         trial.feasible = end.feasible
         if trial.status is not TrialStatus.WAITING:
             trial.ended_by, trial.finished_at = end.ended_by, db_now()

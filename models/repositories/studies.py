@@ -39,7 +39,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A trial at a rung that it has reached; `gpu_seconds` are those of its whole way there."""
+    """A trial at a rung that it has reached; `gpu_seconds` are those of its whole way there.
+
+    `trial_ended_by` is how the trial has ended up to now, perhaps at a longer rung.
+    """
 
     trial_id: str
     number: int
@@ -51,6 +54,7 @@ class Measurement:
     drift: float | None
     gpu_seconds: float
     metrics: dict[str, Any]
+    trial_ended_by: EndedBy | None
 
 
 class StudyRepository:
@@ -114,7 +118,7 @@ class StudyRepository:
             select(
                 TrialRow.study_id, TrialRow.id, TrialRow.number, TrialRow.arm, TrialRow.draw,
                 TrialRow.repeat, TaskRow.rung, TaskRow.log_loss, TaskRow.drift, TaskRow.seconds,
-                TaskRow.metrics,
+                TaskRow.metrics, TrialRow.ended_by,
             )
             .join(TaskRow, TaskRow.trial_id == TrialRow.id)
             .where(
@@ -133,6 +137,7 @@ class StudyRepository:
                     trial_id=row.id, number=row.number, arm=row.arm, draw=row.draw,
                     repeat=row.repeat, rung=row.rung, log_loss=row.log_loss, drift=row.drift,
                     gpu_seconds=way + row.seconds, metrics=row.metrics,
+                    trial_ended_by=row.ended_by,
                 )
             )  # fmt: skip
         return found

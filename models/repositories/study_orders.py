@@ -4,6 +4,7 @@ Every order holds the lock of the study, as those do who decide what comes next:
 or after a decision, never in the middle of one.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select
@@ -15,10 +16,23 @@ from models.experiment import StudyRow, TaskRow, TrialRow
 from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.experiments import ExperimentRepository
-from models.repositories.searches import SearchRepository, TaskRecord, TrialKey
+from models.repositories.searches import SearchRepository, TrialKey
 from models.repositories.studies import StudyRepository
 
 HAND = "hand"
+
+
+@dataclass(frozen=True)
+class AskedTrial:
+    """What a trial by hand trains, and the rung that drawn trials go to first.
+
+    `recommended`: the setting is the one that arms are screened at.
+    """
+
+    setting: dict[str, Any]
+    candidate: dict[str, Any]
+    rung: int
+    recommended: bool
 
 
 class StudyOrders:
@@ -73,38 +87,48 @@ class StudyOrders:
             data={"study_id": study.id, "shape": shape, **{name: spec[name] for name in changed}},
         )  # fmt: skip
 
-    def enqueue(
-        self,
-        study: StudyRow,
-        arm: str,
-        *,
-        rung: int,
-        setting: dict[str, Any],
-        candidate: dict[str, Any],
-    ) -> TaskRecord:
-        """Add the arm's next draw as a waiting task, which the next free worker takes first.
+    def enqueue(self, study: StudyRow, arm: str, asked: AskedTrial) -> TrialRow:
+        """Add a trial of an arm as a waiting task, which the next free worker takes first.
+
+        It is the arm's next draw, or its screening where that has not begun and nothing else is
+        asked for.
 
         Raises:
-            Conflict: a trial of the arm has this very setting.
+            Conflict: a trial of the arm has this very setting, or the limit of trials is reached.
         """
-        same = self._with_setting(study.id, arm, setting)
+        same = self._with_setting(study.id, arm, asked.setting)
         if same is not None:
             raise Conflict(
                 f"trial {same.number} of study {study.id} has this setting of {arm!r} already",
                 code="trial_exists",
                 hint=f"GET /v1/studies/{study.id}/trials/{same.number} shows how it does",
             )
+        self._refuse_full(study)
         last = select(func.max(TrialRow.draw)).where(
             TrialRow.study_id == study.id, TrialRow.arm == arm
         )
-        draw = 1 + (self._session.execute(last).scalar_one() or 0)
+        draw = 0 if asked.recommended else 1 + (self._session.execute(last).scalar_one() or 0)
         record = self._searches.add(
-            study, TrialKey(arm, draw, 0), rung=rung, start=0, setting=setting, origin=HAND,
-            candidate=candidate, reason="a person asked for it",
+            study, TrialKey(arm, draw, 0), rung=0 if asked.recommended else asked.rung, start=0,
+            setting=asked.setting, origin=HAND, candidate=asked.candidate,
+            reason="a person asked for it",
         )  # fmt: skip
         self._session.refresh(record.trial)
         self._say(study, record.trial, f"Trial {record.trial.number} ({arm}) was asked for.")
-        return record
+        return record.trial
+
+    def _refuse_full(self, study: StudyRow) -> None:
+        limit = study.plan["budget"]["trials"]
+        if limit is None:
+            return
+        count = select(func.count()).where(TrialRow.study_id == study.id)
+        there = self._session.execute(count).scalar_one()
+        if there >= limit:
+            raise Conflict(
+                f"study {study.id} has {there} trials, and its max_trials is {limit}",
+                code="budget_reached",
+                hint=f"PATCH /v1/studies/{study.id} with a larger max_trials, or null",
+            )
 
     def _with_setting(self, study_id: str, arm: str, setting: dict[str, Any]) -> TrialRow | None:
         statement = select(TrialRow).where(TrialRow.study_id == study_id, TrialRow.arm == arm)
@@ -116,7 +140,7 @@ class StudyOrders:
 
         Raises:
             NotFound: the study has no such trial.
-            Conflict: the trial has not failed.
+            Conflict: the trial has not failed, and was not cut by its limit of time.
         """
         trial = StudyRepository(self._session).trial(study.id, number)
         failed = select(TaskRow).where(
@@ -125,10 +149,10 @@ class StudyOrders:
             TaskRow.ended_by != EndedBy.BUDGET,
         )
         task = self._session.execute(failed).scalar_one_or_none()
-        if trial.status is not TrialStatus.FAIL or task is None:
+        if task is None:
             raise Conflict(
-                f"trial {number} of study {study.id} is {trial.status.value}; only a failed one "
-                "can be tried again",
+                f"trial {number} of study {study.id} is {trial.status.value}; only one that has "
+                "failed or was cut by its limit of time can be tried again",
                 code="trial_not_failed",
             )
         ended_by = trial.ended_by
@@ -139,6 +163,7 @@ class StudyOrders:
         task.started_at, task.finished_at, task.metrics = None, None, {}
         trial.status, trial.ended_by, trial.finished_at = TrialStatus.WAITING, None, None
         trial.feasible = None if trial.rung is None else _was_feasible(study, trial)
+        trial.metrics = {name: value for name, value in trial.metrics.items() if name != "message"}
         self._session.flush()
         was = "failed" if ended_by is None else ended_by.value
         self._say(study, trial, f"Trial {number}, ended by {was}, is tried again.")

@@ -60,6 +60,11 @@ class WorkerRepository:
         statement = select(Worker).where(Worker.seen_at > db_now() - within_s).order_by(Worker.id)
         return list(self._session.execute(statement).scalars())
 
+    def ready(self, queue: QueueName, *, within_s: float) -> int:
+        """Return how many workers seen lately take jobs of a queue."""
+        live = self.live(within_s=within_s)
+        return sum(queue.value in row.queues and not row.draining for row in live)
+
     def live_with_jobs(self, *, within_s: float) -> list[tuple[Worker, str | None]]:
         """Return workers seen lately, each with the job it works on."""
         statement = (

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from app.keys import Scope, make_key
 from app.main import create_app
 from core.errors import ErrorDetail, KdpoError
-from core.lifecycle import EndedBy, JobKind, JobStatus, TrialStatus
+from core.lifecycle import JobKind, JobStatus
 from core.profile import (
     Choice,
     DatasetProfile,
@@ -31,16 +31,18 @@ from core.profile import (
 )
 from core.queue import QUEUE_OF_KIND
 from core.results import Comparison, Evaluation, GeneratedSample, RunSummary, TrainingResult
-from core.run_spec import CandidateSpec, DatasetPolicy
+from core.run_spec import DatasetPolicy, SearchSpec
 from core.settings import Settings
-from core.spec import KernelTerm, ObjectiveSpec, PenaltyTerm
+from core.spec import ObjectiveSpec
 from models.job import Job as JobRow
 from models.repositories.datasets import DatasetRepository
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.owners import OwnerRepository
+from models.repositories.searches import SearchRepository
 from models.repositories.steps import StepRepository
 from models.session import Database
+from tests.integration.study_world import PLAIN_DPO, Made, pair, store_search
 from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, ingest
 from worker.ingest.table_form import write_parquet
 from worker.jobs.validate_dataset import published_files
@@ -48,7 +50,7 @@ from worker.jobs.validate_dataset import published_files
 ROOT = Path(__file__).parents[2]
 MODEL_DIR = ROOT / "examples" / "models"
 MODEL = "tiny-lm"
-LEASE_S = 60.0
+LEASE_S = 600.0  # no attempt of these tests ever renews it
 
 
 def pairs(count: int) -> bytes:
@@ -213,26 +215,17 @@ class World:
                 model=str(job.model),
                 result=recommendation().model_dump(mode="json"),
             )
-            study = experiments.ensure_study(fence, owner_id=job.owner_id, spec={"max_trials": 2})
             steps.start(fence, "search")
-            for number, log_loss in enumerate((0.61, 0.55)):
-                experiments.start_trial(
-                    fence,
-                    study,
-                    number=number,
-                    origin="prior",
-                    candidate=candidate(objective("rbf")),
-                    label="rbf",
-                )
-                experiments.finish_trial(
-                    fence, study, number=number, status=TrialStatus.COMPLETE,
-                    ended_by=EndedBy.BUDGET, log_loss=log_loss, drift=0.1, feasible=True,
-                    metrics={}, gpu_seconds=2.0,
-                )  # fmt: skip
+            study = store_search(
+                session, fence, job.owner_id,
+                [Made(PLAIN_DPO, 0.61, drift=0.1), Made(objective("rbf"), 0.55, drift=0.1)],
+                spec=SearchSpec(max_trials=2),
+            )  # fmt: skip
+            SearchRepository(session).end(study, by="finished", reason="all of the plan is done")
             steps.succeed(fence, "search", {"study_id": study.id})
             for step in (1, 2):
                 experiments.record_metrics(
-                    fence, scope="train", step=step, values={"loss": 0.7 / step}
+                    fence, job_id=job_id, scope="train", step=step, values={"loss": 0.7 / step}
                 )
         checkpoint_id = self.publish(fence, {"model.safetensors": b"weights", "config.json": b"{}"})
         self.finish(fence, result=training_result(checkpoint_id).model_dump(mode="json"))
@@ -279,15 +272,7 @@ def estimate(value: float) -> Estimate:
 
 
 def objective(kernel: str, divergence: str = "kl") -> ObjectiveSpec:
-    return ObjectiveSpec(
-        beta=0.2,
-        kernel_term=KernelTerm.model_validate({"kernel": kernel, "gamma": 0.05}),
-        divergence_term=PenaltyTerm.model_validate({"divergence": divergence, "alpha": 1.2}),
-    )
-
-
-def candidate(objective: ObjectiveSpec) -> dict[str, Any]:
-    return CandidateSpec(objective=objective, learning_rate=1e-3).model_dump(mode="json")
+    return pair(kernel, divergence)
 
 
 def recommendation() -> Recommendation:

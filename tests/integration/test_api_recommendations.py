@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from core.lifecycle import EndedBy, JobKind, JobStatus, TrialStatus
+from core.lifecycle import JobKind, JobStatus
 from core.methods import KernelDpo
 from core.profile import Recommendation
+from core.run_spec import SearchSpec
 from core.spec import ObjectiveSpec
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence
 from selection.recommender import recommend
-from tests.integration.api_world import MODEL, World, candidate, objective, running_api
+from tests.integration.api_world import MODEL, World, objective, running_api
+from tests.integration.study_world import Made, store_search
 from tests.integration.test_api import check_problem
 from tests.unit.selection.samples import profile
 
@@ -61,20 +63,9 @@ def search(world: World, dataset: str, *trials: tuple[ObjectiveSpec, float | Non
     world.training_job(dataset)
     fence = world.claim(JobKind.TRAINING)
     with world.database.transaction() as session:
-        experiments = ExperimentRepository(session)
         owner = session.get_one(Job, fence.job_id).owner_id
-        study = experiments.ensure_study(fence, owner_id=owner, spec={})
-        for number, (spec, log_loss) in enumerate(trials):
-            experiments.start_trial(
-                fence, study, number=number, origin="sampler", candidate=candidate(spec),
-                label=spec.label,
-            )  # fmt: skip
-            experiments.finish_trial(
-                fence, study, number=number, feasible=log_loss is not None, metrics={},
-                status=TrialStatus.FAIL if log_loss is None else TrialStatus.COMPLETE,
-                ended_by=EndedBy.NAN if log_loss is None else EndedBy.BUDGET,
-                log_loss=log_loss, drift=0.1, gpu_seconds=1.0,
-            )  # fmt: skip
+        made = [Made(spec, log_loss) for spec, log_loss in trials]
+        store_search(session, fence, owner, made, spec=SearchSpec())
     world.finish(fence, JobStatus.CANCELLED)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -14,32 +15,24 @@ import pyarrow.parquet as pq
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import delete, update
 
-from core.lifecycle import EndedBy, JobKind, JobStatus, TrialStatus
-from core.run_spec import CandidateSpec
+from core.lifecycle import EndedBy, JobKind, JobStatus
+from core.run_spec import CandidateSpec, SearchSpec
+from core.search_files import groups_file, losses_file, trials_folder
 from core.spec import KernelTerm, ObjectiveSpec, PenaltyTerm
+from models.experiment import StudyRow, TaskRow
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence
+from models.repositories.searches import SearchRepository
 from models.repositories.steps import StepRepository
-from tests.integration.api_world import World, objective, running_api, training_result
+from tests.integration.api_world import World, running_api, training_result
+from tests.integration.study_world import PLAIN_DPO as PLAIN
+from tests.integration.study_world import RBF, Made, end_summary, store_search
 from tests.integration.test_api import check_problem
 
-PLAIN = ObjectiveSpec(beta=0.1)
-RBF = objective("rbf", "hellinger")
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a stored trial ended with; without a log-loss it diverged."""
-
-    objective: ObjectiveSpec
-    log_loss: float | None
-    drift: float | None = 0.02
-    seconds: float = 2.0
-    error: float | None = 0.01
-    feasible: bool = True
-    learning_rate: float = 1e-3
+BUDGET = SearchSpec(max_trials=12, drift_budget=0.05)
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def world(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield made
 
 
-def stored(world: World, *trials: Made, spec: dict[str, Any] | None = None) -> Search:
+def stored(world: World, *trials: Made, spec: SearchSpec | None = None) -> Search:
     """A search that runs, with these trials ended and one more running."""
     datasets = world.get("/v1/datasets").json()["data"]
     dataset = datasets[0]["id"] if datasets else world.dataset()
@@ -79,47 +72,18 @@ def stored(world: World, *trials: Made, spec: dict[str, Any] | None = None) -> S
         owner = session.get_one(Job, job).owner_id
         StepRepository(session).plan(fence, ["recommend", "search", "train"])
         StepRepository(session).start(fence, "search")
-        study = ExperimentRepository(session).ensure_study(
-            fence, owner_id=owner, spec=spec or {"max_trials": 12, "drift_budget": 0.05}
-        )
-        for number, trial in enumerate([*trials, Made(RBF, None)]):
-            add(session, fence, study, number, trial, ended=number < len(trials))
+        study = store_search(
+            session, fence, owner, trials, spec=spec or BUDGET, running=True
+        )  # fmt: skip
         return Search(job=job, study=study.id, fence=fence)
-
-
-def add(session: Any, fence: Fence, study: Any, number: int, trial: Made, *, ended: bool) -> None:
-    experiments = ExperimentRepository(session)
-    candidate = CandidateSpec(objective=trial.objective, learning_rate=trial.learning_rate)
-    experiments.start_trial(
-        fence, study, number=number, origin="sampler",
-        candidate=candidate.model_dump(mode="json"), label=trial.objective.label,
-    )  # fmt: skip
-    if not ended:
-        return
-    failed = trial.log_loss is None
-    metrics = {"message": "loss is NaN"} if failed else {"accuracy": 0.6, "hmk/rbf": 0.5}
-    if trial.error is not None and not failed:
-        metrics["standard_error"] = trial.error
-    experiments.finish_trial(
-        fence, study, number=number, log_loss=trial.log_loss,
-        drift=None if failed else trial.drift,
-        status=TrialStatus.FAIL if failed else TrialStatus.COMPLETE,
-        ended_by=EndedBy.NAN if failed else EndedBy.BUDGET,
-        feasible=trial.feasible and not failed, metrics=metrics, gpu_seconds=trial.seconds,
-    )  # fmt: skip
 
 
 def end_search(world: World, search: Search, **summary: Any) -> None:
     with world.database.transaction() as session:
+        searches = SearchRepository(session)
+        searches.end(searches.lock(search.study), by="finished", reason="all is done")
         StepRepository(session).succeed(
-            search.fence,
-            "search",
-            {
-                "summary": {
-                    "study_id": search.study, "trials": 3, "infeasible": 0,
-                    "stopped_by": "max_trials", **summary,
-                }
-            },
+            search.fence, "search", end_summary(search.study, **summary)
         )  # fmt: skip
 
 
@@ -175,10 +139,33 @@ def test_a_study_tells_its_state_its_budget_and_its_best(world: World) -> None:
     assert view["best_trial"]["number"] == 2
     assert (view["provisional"], view["status"]) == (True, "running")
     assert (view["gpu_seconds"], view["model"]) == (7.0, "tiny-lm")
-    assert view["spec"] == {"max_trials": 12, "drift_budget": 0.05}
+    assert view["spec"] == BUDGET.model_dump(mode="json")
+    plan = view["plan"]
+    assert (plan["rungs"], plan["shape"]) == ([5, 20], "usual")
+    assert plan["arms"][:2] == ["dpo", "rbf × hellinger"]
+    assert plan["budget"] == {"gpu_seconds": None, "max_trials": 12, "deadline_seconds": None}
     unchanged(world, search.url, answer)
     empty = stored(world)
     assert world.get(empty.url).json()["best_trial"] is None
+
+
+def test_a_study_of_an_old_version_has_no_plan_and_still_answers(fresh: World) -> None:
+    world = fresh
+    search = stored(world, Made(PLAIN, 0.6))
+    with world.database.transaction() as session:
+        session.execute(delete(TaskRow))  # what the migration leaves of them
+        session.execute(update(StudyRow).values(plan={}, shape="none", ended_at=1.0))
+    view = world.get(search.url).json()
+    assert (view["plan"], view["best_trial"], view["provisional"]) == (None, None, False)
+    assert world.get("/v1/studies").json()["data"] == [view]
+    assert world.get(f"{search.url}/trials/0").json()["tasks"] == []
+    assert world.get(f"{search.url}/best").json()["rung"] is None
+    assert world.get(f"{search.url}/pareto").json()["left_out"] == 2
+    assert world.get(f"{search.url}/importance").json()["data"] == []
+    assert world.get(f"{search.url}/quote").json()["budget"] is None
+    assert world.get(f"{search.url}/export?format=optuna").status_code == 200
+    problem = check_problem(world.get(f"{search.url}/pareto?rung=0"), 422, "invalid_input")
+    assert problem["error"]["param"] == "rung"
 
 
 # -------------------------------------------------------------------- trials
@@ -228,6 +215,8 @@ def test_what_cannot_be_listed_says_why(world: World) -> None:
     check_problem(world.get(f"{url}/2"), 404, "not_found")
     check_problem(world.get(f"{url}/{2**31}"), 422, "invalid_input")
     check_problem(world.get(f"{search.url}/importance?target=loss"), 422, "invalid_input")
+    problem = check_problem(world.get(f"{search.url}/pareto?rung=2"), 422, "invalid_input")
+    assert "expected 0 to 1" in problem["detail"]
     check_problem(world.get(f"{search.url}/export?format=xlsx"), 422, "invalid_input")
 
 
@@ -235,7 +224,7 @@ def test_a_trial_with_its_words_constraints_and_curves(world: World) -> None:
     search = stored(world, Made(PLAIN, 0.6), Made(RBF, 0.5, drift=0.08, feasible=False))
     with world.database.transaction() as session:
         ExperimentRepository(session).record_metrics(
-            search.fence, scope="trial:1", step=1, values={"loss": 0.7}
+            search.fence, job_id=search.job, scope="trial:1", step=1, values={"loss": 0.7}
         )
     answer = world.get(f"{search.url}/trials/1")
     trial = answer.json()
@@ -259,6 +248,21 @@ def test_a_trial_with_its_words_constraints_and_curves(world: World) -> None:
     assert [constraint["kept"] for constraint in running["constraints"]] == [None, None]
 
 
+def test_a_trial_tells_its_way_from_rung_to_rung(world: World) -> None:
+    ended = Made(RBF, 0.66, rung=0, on=(0.58, 0.03, 8.0))
+    search = stored(world, ended, Made(PLAIN, None, ended_by=EndedBy.OOM))
+    first, second = world.get(f"{search.url}/trials/0").json()["tasks"]
+    assert (first["rung"], first["start"], first["stop"], first["log_loss"]) == (0, 0, 5, 0.66)
+    assert (second["rung"], second["start"], second["stop"], second["log_loss"]) == (1, 5, 20, 0.58)
+    assert (first["job_id"], first["status"], first["ended_by"]) == (search.job, "ended", "budget")
+    failed = world.get(f"{search.url}/trials/1").json()
+    (task,) = failed["tasks"]
+    assert (failed["status"], task["ended_by"]) == ("fail", "oom")
+    assert task["message"] == failed["metrics"]["message"] == "loss is NaN"
+    (running,) = world.get(f"{search.url}/trials/2").json()["tasks"]
+    assert (running["status"], running["finished_at"]) == ("running", None)
+
+
 # ------------------------------------------------------------------- answers
 
 
@@ -277,9 +281,66 @@ def test_best_so_far_with_its_ties_and_plain_dpo(world: World) -> None:
     gain, half = view["gain"], 1.959964 * math.hypot(0.01, 0.004)
     assert gain["log_loss"] == pytest.approx(0.069)
     assert (gain["low"], gain["high"]) == pytest.approx((0.069 - half, 0.069 + half))
-    assert gain["basis"] == "independent"
+    assert (gain["basis"], view["basis"]) == ("independent", "independent")
+    assert (view["rung"], view["steps"]) == (1, 20)
     assert view["final"] is None
     unchanged(world, f"{search.url}/best", answer)
+
+
+def test_losses_that_are_kept_are_compared_pair_by_pair(world: World) -> None:
+    search = stored(world, Made(PLAIN, 0.60), Made(RBF, 0.55), Made(RBF, 0.58, drift=0.01))
+    folder = trials_folder(world.settings.artifact_dir, search.job)
+    folder.mkdir(parents=True)
+    random_ = random.Random(2)
+    base = [random_.uniform(0.2, 1.0) for _ in range(60)]
+    for number, mean in enumerate((0.60, 0.55, 0.58)):
+        shift = [mean - sum(base) / 60 + random_.gauss(0.0, 1e-3) for _ in base]
+        shift = [x + mean - (sum(shift) + sum(base)) / 60 for x in shift]
+        losses = [loss + x for loss, x in zip(base, shift, strict=True)]
+        losses_file(folder, number, 1).write_text(json.dumps(losses))
+    groups_file(folder).write_text(json.dumps(list(range(60))))
+    view = world.get(f"{search.url}/best").json()
+    assert (view["basis"], view["best"]["number"]) == ("paired", 1)
+    gain = view["gain"]
+    assert (gain["basis"], gain["log_loss"]) == ("paired", pytest.approx(0.05))
+    assert 0.049 < gain["low"] < gain["log_loss"] < gain["high"] < 0.051
+    losses_file(folder, 2, 1).unlink()
+    fewer = world.get(f"{search.url}/best").json()
+    assert (fewer["basis"], fewer["gain"]["basis"]) == ("independent", "paired")
+
+
+def test_only_what_was_measured_at_one_rung_is_compared(world: World) -> None:
+    search = stored(
+        world,
+        Made(PLAIN, 0.69, rung=0, on=(0.60, 0.02, 8.0)),
+        Made(RBF, 0.66, rung=0, on=(0.58, 0.03, 8.0)),
+        Made(RBF, 0.65, rung=0),
+        Made(RBF, 0.64, rung=0, on=(0.50, 0.20, 8.0)),  # drifts too far in the end
+    )
+    view = world.get(f"{search.url}/best").json()
+    assert (view["rung"], view["steps"], view["measured"]) == (1, 20, 3)
+    assert (view["best"]["number"], view["best"]["log_loss"]) == (1, 0.58)
+    assert view["baseline"]["gpu_seconds"] == 10.0
+    front = world.get(f"{search.url}/pareto").json()
+    assert (front["rung"], front["front"], front["left_out"]) == (1, [1, 0], 2)
+    first = world.get(f"{search.url}/pareto?rung=0").json()
+    assert (first["steps"], first["front"]) == (5, [2])
+    points = {point["number"]: point["feasible"] for point in first["data"]}
+    assert points == {0: True, 1: True, 2: True, 3: False}
+    assert world.get(f"{search.url}/importance").json()["rung"] == 0, "most trials came there"
+    assert world.get(f"{search.url}/importance?rung=1").json()["trials"] == 3
+    assert world.get(search.url).json()["best_trial"] == view["best"]
+
+
+def test_seeds_of_a_configuration_are_one(world: World) -> None:
+    search = stored(
+        world, Made(PLAIN, 0.60), Made(RBF, 0.50), Made(RBF, 0.58, repeat=1, drift=0.04)
+    )
+    point = world.get(f"{search.url}/pareto").json()["data"][1]
+    assert (point["number"], point["log_loss"], point["drift"]) == (1, pytest.approx(0.54), 0.04)
+    view = world.get(f"{search.url}/best").json()
+    assert view["gain"]["log_loss"] == pytest.approx(0.06)
+    assert view["measured"] == 2
 
 
 def test_the_verdict_of_the_search_stands_once_it_has_ended(world: World) -> None:

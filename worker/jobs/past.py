@@ -1,18 +1,30 @@
-"""The owner's finished searches, as selection compares them."""
+"""The owner's earlier searches: what selection compares, and what a clone begins with."""
+
+from sqlalchemy.orm import Session
 
 from core.profile import Recommendation
 from core.run_spec import CandidateSpec
 from core.spec import DivergenceName, KernelName
-from models.repositories.searches import SearchRepository, TaskRecord
+from models.experiment import StudyRow
+from models.repositories.experiments import ExperimentRepository
+from models.repositories.searches import SearchRepository, TaskRecord, TrialKey
+from selection.carry import best_settings, has_room
+from selection.draws import candidate_at
 from selection.history import Gain, PastSearch
-from selection.study import PLAIN
+from selection.study import PLAIN, Origin, Plan
+from selection.wire import TaskFacts, plan_from_json, setting_to_json, study_of
 from worker.context import JobContext
 
 MOST_SEARCHES = 100
 
 
 def past_searches(context: JobContext) -> list[PastSearch]:
-    """Return the latest ended searches of the job's owner with what their pairs have won."""
+    """Return the latest ended searches of the job's owner with what their pairs have won.
+
+    None for a clone that is to know nothing.
+    """
+    if context.job.spec.get("warm_start") is False:
+        return []
     with context.database.reading() as session:
         found = []
         finished = SearchRepository(session).finished(context.job.owner_id, limit=MOST_SEARCHES)
@@ -52,3 +64,32 @@ def gains_of(records: list[TaskRecord]) -> tuple[Gain, ...]:
             )
         )
     return tuple(gains)
+
+
+def carry_over(context: JobContext, session: Session, study: StudyRow, plan: Plan) -> None:
+    """Let the search of a clone begin with what the study that it is made from has found best.
+
+    Those settings are the first draws of their arms. With too small a budget of trials for that
+    there are none.
+    """
+    spec = context.job.spec
+    if not spec.get("warm_start"):
+        return
+    earlier = ExperimentRepository(session).study(context.job.owner_id, spec["cloned_from"])
+    repository = SearchRepository(session)
+    if not earlier.plan:  # a search of an old version
+        return
+    facts = [TaskFacts(**record.facts()) for record in repository.records(earlier.id)]
+    known = study_of(facts, elapsed_seconds=0.0)
+    arms = {arm.name: arm for arm in plan.arms}
+    found = best_settings(plan_from_json(earlier.plan), known, leading=plan.shape.leading)
+    kept = {name: setting for name, setting in found.items() if name in arms}
+    if not plan.shape.draws or not has_room(plan, len(kept)):
+        return
+    for name, setting in kept.items():
+        repository.add(
+            study, TrialKey(name, 1, 0), rung=plan.draw_rung, start=0,
+            setting=setting_to_json(setting), origin=Origin.INCUMBENT.value,
+            candidate=candidate_at(arms[name].candidate, setting).model_dump(mode="json"),
+            reason=f"the best setting of study {earlier.id}",
+        )  # fmt: skip

@@ -29,6 +29,7 @@ from selection.winner import FinishedTrial, select_winner
 from selection.wire import plan_from_json, plan_to_json
 from worker.context import JobContext
 from worker.ingest.canonical import Split
+from worker.jobs.past import carry_over
 from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import Span
 from worker.jobs.search_losses import losses_path
@@ -88,10 +89,12 @@ def _study(bench: Workbench, spec: SearchSpec, recommendation: Recommendation) -
         return study
     shape, plan = make_plan(bench, spec, recommendation)
     with context.transaction() as session:
-        return SearchRepository(session).create(
+        study = SearchRepository(session).create(
             context.fence, owner_id=context.job.owner_id, spec=spec.model_dump(mode="json"),
             plan=plan_to_json(plan), shape=shape,
         )  # fmt: skip
+        carry_over(context, session, study, plan)
+        return study
 
 
 # ------------------------------------------------------------------ the winner

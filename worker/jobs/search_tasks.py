@@ -182,8 +182,7 @@ def _call_for_help(
     if not isinstance(decide(plan, with_this), Start):
         return
     helpers = SearchRepository(session).open_helpers(study.job_id)
-    live = WorkerRepository(session).live(within_s=_LIVE_S)
-    workers = sum(QueueName.GPU.value in row.queues and not row.draining for row in live)
+    workers = WorkerRepository(session).ready(QueueName.GPU, within_s=_LIVE_S)
     if helpers + 1 >= min(workers, spec.get("parallelism") or workers):
         return
     job = context.job
@@ -201,7 +200,8 @@ def _promise(
     screened = {arm.name for arm in plan.screened} - {
         ended.task.trial.arm for ended in state.ended if ended.task.rung == 0
     }
-    moment = "start" if not state.tasks else None if screened else "screened"
+    begun = state.ended or state.running
+    moment = "start" if not begun else None if screened else "screened"
     if moment is None or any(kept["at"] == moment for kept in study.quotes):
         return
     repository.quote(
