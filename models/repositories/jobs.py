@@ -155,9 +155,14 @@ class JobRepository(JobClaims, JobPauses, JobRequests):
     def guard(self, fence: Fence) -> Beat:
         """Lock the job for this transaction if the attempt still owns it.
 
+        The job that it helps, if there is one, is locked first: whoever ends that one locks it
+        and then its helpers, and two orders would be a deadlock.
+
         Raises:
             LeaseLost: another attempt owns it, or it has ended.
         """
+        helps = select(Job.parent_id).where(Job.id == fence.job_id).scalar_subquery()
+        self._session.execute(select(Job.id).where(Job.id == helps).with_for_update(key_share=True))
         owned = self._owned(fence).values(version=Job.version + 1)
         return self._beat(fence, owned)
 
