@@ -3,7 +3,7 @@
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import ConfigDict, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
@@ -21,6 +21,7 @@ from app.deps import (
     TEXT_PATTERN,
     Config,
     Db,
+    IfMatch,
     Lists,
     PageOf,
     Queue,
@@ -164,9 +165,7 @@ def update_checkpoint(
     database: Db,
     checkpoint_id: CheckpointId,
     body: UpdateCheckpoint,
-    if_match: Annotated[
-        str | None, Header(max_length=1000, description="its ETag; refused with 412 if it differs")
-    ] = None,
+    if_match: IfMatch = None,
 ) -> Response:
     """Pin a checkpoint, give it a label or an end; what is not given stays as it is."""
     given = body.model_fields_set

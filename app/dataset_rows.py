@@ -1,6 +1,7 @@
 """The rows of a dataset: pages to look at, and whole files to download."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Literal
 
@@ -74,6 +75,33 @@ async def list_dataset_rows(
     rows = await run_in_threadpool(_rows, file, after=after or 0, limit=size + 1)
     page = list_of(rows[:size], [str(r.number) for r in rows[:size]], has_more=len(rows) > size)
     return json_response(page, headers=next_page(request, page))
+
+
+@router.head("/{dataset_id}/content", operation_id="head_dataset_content", responses=HEAD_RESPONSES)
+@router.get(
+    "/{dataset_id}/content",
+    operation_id="download_dataset",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {"application/jsonl": {}, "application/vnd.apache.parquet": {}},
+            "description": "All pairs",
+        },
+        **RANGE_RESPONSES,
+    },
+)
+async def download_dataset(
+    request: Request,
+    caller: ReadsDatasets,
+    database: Db,
+    settings: Config,
+    dataset_id: DatasetId,
+    form: Annotated[Literal["jsonl", "parquet"], Query(alias="format")] = "jsonl",
+) -> Response:
+    """Send all pairs as kdpo reads them; what `rows` gives with this `format`."""
+    dataset = await run_in_threadpool(_read, database, caller.owner_id, dataset_id)
+    file = replace(_file(dataset, "canonical", form, settings), filename=f"{dataset.id}.{form}")
+    return await file_response(request, file)
 
 
 def _read(database: Database, owner_id: str, dataset_id: str) -> Dataset:

@@ -54,15 +54,40 @@ def discarded_on_error(upload: Upload) -> Iterator[None]:
         raise
 
 
-def store_upload(session: Session, upload: Upload, *, dataset_id: str, owner_id: str) -> Dataset:
-    """Make the dataset of a received file, and the job that validates it; return the dataset.
+def store_upload(
+    session: Session, upload: Upload, *, dataset_id: str, owner_id: str, dry_run: bool = False
+) -> Dataset:
+    """Make the dataset of a form's file, and the job that validates it; return the dataset.
 
     Raises:
         InvalidInput: the fields `policy` or `name` of the form are not valid.
         UnsupportedMedia: the file begins like something that is not read.
     """
     policy = _policy(upload.fields.get("policy"))
-    name = _name(upload, dataset_id)
+    return store_received(
+        session,
+        upload,
+        dataset_id=dataset_id,
+        owner_id=owner_id,
+        name=_name(upload, dataset_id),
+        policy=policy.model_copy(update={"dry_run": True}) if dry_run else policy,
+    )
+
+
+def store_received(
+    session: Session,
+    upload: Upload,
+    *,
+    dataset_id: str,
+    owner_id: str,
+    name: str,
+    policy: DatasetPolicy,
+) -> Dataset:
+    """Make the dataset of bytes that lie under its id, and the job that validates it.
+
+    Raises:
+        UnsupportedMedia: they begin like something that is not read.
+    """
     _refuse_container(upload.path)
     job_id = new_id(ID_OF_KIND[JobKind.DATASET])
     datasets = DatasetRepository(session)

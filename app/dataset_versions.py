@@ -1,7 +1,9 @@
-"""Versions of a dataset: the same upload read again under another policy; and forgetting one."""
+"""What becomes of a dataset: another version of it, another name, its end."""
+
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
 from app.dataset_views import DatasetId, DatasetView, dataset_view
@@ -9,6 +11,7 @@ from app.datasets import dataset_answer, is_settled, read_dataset
 from app.deps import (
     Config,
     Db,
+    IfMatch,
     Lists,
     PageOf,
     Patience,
@@ -18,7 +21,7 @@ from app.deps import (
     WritesDatasets,
 )
 from app.queue import relay_now
-from app.responses import ListOf, wait_until
+from app.responses import ListOf, check_if_match, wait_until, with_etag
 from core.errors import Conflict, InvalidInput
 from core.ids import IdPrefix, new_id
 from core.lifecycle import JobKind
@@ -50,6 +53,23 @@ class CreateVersion(SpecModel):
     name: str | None = Field(
         default=None, min_length=1, max_length=200, description="null: that of the dataset"
     )
+
+
+class UpdateDataset(SpecModel):
+    """What can be changed of a dataset."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "support chats, March"}]})
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        default=None, description="null: as it is"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_shown(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("expected printable characters")
+        return value
 
 
 @router.post(
@@ -92,6 +112,23 @@ def list_dataset_versions(
         page = DatasetRepository(session).version_page(caller.owner_id, dataset_id, query)
         views = [dataset_view(row) for row in page.rows]
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
+
+
+@router.patch("/{dataset_id}", operation_id="update_dataset", response_model=DatasetView)
+def update_dataset(
+    caller: WritesDatasets,
+    database: Db,
+    dataset_id: DatasetId,
+    body: UpdateDataset,
+    if_match: IfMatch = None,
+) -> Response:
+    """Give a dataset another name; how it is read makes a new version instead."""
+    with database.transaction() as session:
+        dataset = DatasetRepository(session).lock(caller.owner_id, dataset_id)
+        check_if_match(if_match, dataset_view(dataset))
+        dataset.name = body.name or dataset.name
+        view = dataset_view(dataset)
+    return with_etag(view)
 
 
 @router.delete(

@@ -1,8 +1,9 @@
 """Datasets: upload, validate, report."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.conditional import CONDITIONAL_RESPONSES
@@ -82,14 +83,19 @@ async def create_dataset(
     queue: Queue,
     settings: Config,
     prefer: Prefer,
+    dry_run: Annotated[
+        bool, Query(description="read and report, and keep no pairs; as `dry_run` of the policy")
+    ] = False,
 ) -> Response:
-    """Take preference pairs as a file, or as JSON that names a source (a hub repository, an https
-    address, a path on the server); validate them, and answer when that is done or time is up.
+    """Take preference pairs as a file, or as JSON with the rows or where they are: a file of
+    `/v1/files`, a hub repository, an https address, a path on the server.
+
+    They are validated, and the answer comes when that is done or time is up.
     """
     names = {"dataset_id": new_id(IdPrefix.DATASET), "owner_id": caller.owner_id}
     dataset_id = names["dataset_id"]
     if is_json(request):
-        source = await receive_source(request)
+        source = await receive_source(request, dry_run=dry_run)
         await run_in_threadpool(store_source, database, source, settings, **names)
     else:
         upload = await receive_upload(
@@ -98,7 +104,7 @@ async def create_dataset(
             max_bytes=settings.api.max_upload_bytes,
             fields=FIELDS,
         )
-        await run_in_threadpool(_store, database, upload, **names)
+        await run_in_threadpool(_store, database, upload, dry_run=dry_run, **names)
     await run_in_threadpool(relay_now, database, queue)
     patience = prefer or Patience(settings.api.wait_default_s, preferred=False)
     await wait_until(lambda: is_settled(database, caller.owner_id, dataset_id), patience.seconds)
@@ -106,9 +112,11 @@ async def create_dataset(
     return dataset_answer(request, view, patience.headers())
 
 
-def _store(database: Database, upload: Upload, *, dataset_id: str, owner_id: str) -> None:
+def _store(
+    database: Database, upload: Upload, *, dataset_id: str, owner_id: str, dry_run: bool
+) -> None:
     with discarded_on_error(upload), database.transaction() as session:
-        store_upload(session, upload, dataset_id=dataset_id, owner_id=owner_id)
+        store_upload(session, upload, dataset_id=dataset_id, owner_id=owner_id, dry_run=dry_run)
 
 
 def read_dataset(database: Database, owner_id: str, dataset_id: str) -> DatasetView:

@@ -194,6 +194,12 @@ def refuse_other_bodies(request: Request) -> None:
         )
 
 
+IfMatch = Annotated[
+    str | None,
+    Header(max_length=1000, description="the object's ETag; refused with 412 when it has another"),
+]
+
+
 def page_query(
     limit: Annotated[int, Query(ge=1, le=100, description="objects on a page")] = 20,
     after: Annotated[

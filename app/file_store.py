@@ -16,7 +16,7 @@ from core.files import FilePurpose
 from core.ids import IdPrefix, new_id
 from core.settings import MIB, Settings
 from models.file import StoredFileRow
-from models.repositories.files import FileRepository
+from models.repositories.files import FileRepository, UploadRepository
 from models.session import Database
 
 
@@ -32,12 +32,13 @@ class Received:
 
 @dataclass(frozen=True)
 class NewFile:
-    """What a request says about a file."""
+    """What a request says about a file; `upload_id` is of the parts that it is made of."""
 
     owner_id: str
     filename: str
     purpose: FilePurpose
     ttl_s: int | None
+    upload_id: str | None = None
 
 
 @contextmanager
@@ -50,14 +51,19 @@ def storing(
 
     Raises:
         UnsupportedMedia: a file for training begins like something that is not read.
+        Conflict: its upload was completed or cancelled meanwhile.
     """
     names = [received.path]
     try:
         dataset_id = new_id(IdPrefix.DATASET) if new.purpose.makes_dataset else None
         if dataset_id is not None:
             names.append(settings.upload_dir / dataset_id)
-            _link(received.path, names[-1])
+            link(received.path, names[-1])
         with database.transaction() as session:
+            if new.upload_id is not None:
+                # The file takes the room of its parts.
+                uploads = UploadRepository(session)
+                uploads.forget_parts(uploads.pending(new.owner_id, new.upload_id).id)
             if dataset_id is not None:
                 upload = Upload(
                     names[-1], received.size_bytes, received.sha256, new.filename[:200], {}
@@ -110,7 +116,13 @@ def join_parts(parts: Sequence[Path], target: Path) -> Received:
     return Received(target, size, sha256.hexdigest(), md5.hexdigest())
 
 
-def _link(path: Path, name: Path) -> None:
+def link(path: Path, name: Path) -> None:
+    """Give the bytes of a file a second name; either can be deleted alone.
+
+    Raises:
+        StorageFull: the disk has no room.
+        FileNotFoundError: the file is not there any more.
+    """
     name.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(path, name)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from app.dataset_sources import DatasetFromSource
 from app.errors import PROBLEM_TYPE, Problem
 from core.run_spec import DatasetPolicy
 
@@ -27,7 +28,7 @@ class KdpoApi(FastAPI):
         if self.openapi_schema is None:
             document = super().openapi()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (Problem, DatasetPolicy):
+            for model in (Problem, DatasetPolicy, DatasetFromSource):
                 schema = model.model_json_schema(ref_template=_REF)
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

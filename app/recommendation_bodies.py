@@ -1,5 +1,6 @@
 """What a recommendation is asked for with: JSON that names a dataset, or a form that brings one."""
 
+import re
 from typing import Any
 
 import orjson
@@ -131,6 +132,8 @@ def _asked(upload: Upload, dataset_id: str) -> CreateRecommendation:
     data: dict[str, Any] = {
         name: upload.fields[name] for name in ("model", "seed") if name in upload.fields
     }
+    if re.fullmatch(r"-?[0-9]{1,20}", data.get("seed", "")):
+        data["seed"] = int(data["seed"])
     if "metadata" in upload.fields:
         try:
             data["metadata"] = orjson.loads(upload.fields["metadata"])

@@ -11,13 +11,23 @@ from app.deps import (
     TEXT_PATTERN,
     Config,
     Db,
+    IfMatch,
     Lists,
     PageOf,
     ReadsJobs,
     WritesJobs,
 )
 from app.job_verbs import NoOptions
-from app.responses import NO_STORE, ListOf, Schema, conditional, json_response, unix
+from app.responses import (
+    NO_STORE,
+    ListOf,
+    Schema,
+    check_if_match,
+    conditional,
+    json_response,
+    unix,
+    with_etag,
+)
 from core.spec import SpecModel
 from core.webhook_events import DeliveryStatus, WebhookEventType
 from core.webhook_signing import new_secret
@@ -171,22 +181,28 @@ def get_webhook(
     return conditional(request, _view(row))
 
 
-@router.patch("/{webhook_id}", operation_id="update_webhook")
+@router.patch("/{webhook_id}", operation_id="update_webhook", response_model=WebhookView)
 def update_webhook(
-    caller: WritesJobs, database: Db, settings: Config, webhook_id: WebhookId, body: UpdateWebhook
-) -> WebhookView:
+    caller: WritesJobs,
+    database: Db,
+    settings: Config,
+    webhook_id: WebhookId,
+    body: UpdateWebhook,
+    if_match: IfMatch = None,
+) -> Response:
     """Change a webhook, or switch it on or off."""
     if body.url is not None:
         webhook_target(body.url, settings.webhooks)
     with database.transaction() as session:
         webhooks = WebhookRepository(session)
         row = webhooks.get(caller.owner_id, webhook_id, lock=True)
+        check_if_match(if_match, _view(row))
         row.url = row.url if body.url is None else body.url
         row.events = row.events if body.events is None else _names(body.events)
         row.description = row.description if body.description is None else body.description
         if body.enabled is not None and body.enabled != row.enabled:
             webhooks.enable(row, enabled=body.enabled)
-    return _view(row)
+    return with_etag(_view(row))
 
 
 @router.delete(

@@ -138,8 +138,7 @@ class DatasetRepository:
             NotFound: no such dataset, or somebody else's.
             Conflict: a job that has not ended names it.
         """
-        self._session.get(Dataset, dataset_id, with_for_update=True, populate_existing=True)
-        dataset = self.get(owner_id, dataset_id)
+        dataset = self.lock(owner_id, dataset_id)
         using = select(Job.id).where(Job.dataset_id == dataset_id, Job.status.not_in(_ENDED))
         job_id = self._session.execute(using.order_by(Job.id).limit(1)).scalar_one_or_none()
         if job_id is not None:
@@ -153,6 +152,15 @@ class DatasetRepository:
         dataset.report = dataset.failure = None
         dataset.files = []
         self._session.flush()
+
+    def lock(self, owner_id: str, dataset_id: str) -> Dataset:
+        """Return the owner's dataset, which nobody else changes or names in this transaction.
+
+        Raises:
+            NotFound: no such dataset, or somebody else's, or a deleted one.
+        """
+        self._session.get(Dataset, dataset_id, with_for_update=True, populate_existing=True)
+        return self.get(owner_id, dataset_id)
 
     def get(self, owner_id: str, dataset_id: str, *, lock: bool = False) -> Dataset:
         """Return the owner's dataset; `lock` keeps it from being deleted in this transaction.

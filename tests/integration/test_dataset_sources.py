@@ -634,5 +634,5 @@ def test_json_that_is_none_or_too_long(fetching: Fetching) -> None:
     kind = {"content-type": "application/json; charset=utf-8"}
     broken = fetching.world.post("/v1/datasets", content=b"{", headers=kind)
     check_problem(broken, 400, "malformed_request")
-    long = fetching.world.post("/v1/datasets", content=b" " * 70_000, headers=kind)
+    long = fetching.world.post("/v1/datasets", content=b" " * 1_100_000, headers=kind)
     check_problem(long, 413, "too_large")
