@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from app.commands import fetch, jobs, server, work
+from app.commands import evaluate, fetch, jobs, server, work
 from app.commands.connect import AsJson
 from app.commands.exits import Exit, exit_of_own, leave, leave_with
 from app.commands.keys import keys
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel=USE)(work.recommend)
 app.command(rich_help_panel=USE)(work.tune)
+app.command(rich_help_panel=USE)(evaluate.evaluate)
 app.command(rich_help_panel=USE)(jobs.watch)
 app.command(rich_help_panel=USE)(fetch.download)
 app.add_typer(jobs.jobs, name="jobs", rich_help_panel=USE)

@@ -11,6 +11,7 @@ import httpx
 from anyio.to_thread import run_sync
 
 from kdpo.calls import AsyncCalls
+from kdpo.evaluations import EvaluationCalls
 from kdpo.flows import (
     Close,
     Effect,
@@ -59,6 +60,10 @@ class AsyncCheckpoints(CheckpointCalls, AsyncCalls):
     """Checkpoints."""
 
 
+class AsyncEvaluations(EvaluationCalls, AsyncCalls):
+    """Evaluations."""
+
+
 class AsyncClient(WorkflowCalls, AsyncCalls):
     """As `Client`: calls are awaited, and lists and `watch` are read with `async for`."""
 
@@ -80,6 +85,7 @@ class AsyncClient(WorkflowCalls, AsyncCalls):
         self.datasets = AsyncDatasets(driver)
         self.recommendations = AsyncRecommendations(driver)
         self.checkpoints = AsyncCheckpoints(driver)
+        self.evaluations = AsyncEvaluations(driver)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -14,6 +14,7 @@ import httpx
 
 from kdpo.calls import SyncCalls
 from kdpo.errors import KdpoClientError
+from kdpo.evaluations import EvaluationCalls
 from kdpo.flows import (
     Close,
     Effect,
@@ -62,6 +63,10 @@ class Checkpoints(CheckpointCalls, SyncCalls):
     """Checkpoints."""
 
 
+class Evaluations(EvaluationCalls, SyncCalls):
+    """Evaluations."""
+
+
 class Client(WorkflowCalls, SyncCalls):
     """A client of one kdpo server; it may be used from several threads.
 
@@ -88,6 +93,7 @@ class Client(WorkflowCalls, SyncCalls):
         self.datasets = Datasets(driver)
         self.recommendations = Recommendations(driver)
         self.checkpoints = Checkpoints(driver)
+        self.evaluations = Evaluations(driver)
 
     def close(self) -> None:
         """Close all connections."""

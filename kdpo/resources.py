@@ -14,6 +14,7 @@ from kdpo.types import (
     Checkpoint,
     CheckpointFile,
     Dataset,
+    Evaluation,
     Event,
     Job,
     Matrix,
@@ -86,7 +87,7 @@ def paged(
         cursor = page["last_id"]
 
 
-def id_of(thing: str | Dataset | Job | Recommendation | Checkpoint) -> str:
+def id_of(thing: str | Dataset | Job | Recommendation | Checkpoint | Evaluation) -> str:
     """Return the id of an object, or an id as it is."""
     return thing if isinstance(thing, str) else thing.id
 

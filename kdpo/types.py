@@ -227,6 +227,57 @@ class Recommendation(Thing):
     error: JobError | None = None
 
 
+class WinRate(Thing):
+    """How often a checkpoint's answer has a higher reward than its base's; a tie is one half."""
+
+    reward_model: str
+    prompts: int
+    wins: int
+    ties: int
+    losses: int
+    rate: Estimate
+    difference: Estimate
+    verdict: str
+    sentence: str
+
+
+class EvaluationResult(Thing):
+    """Quality of a checkpoint on held-out pairs; `win_rate` where a reward model was named."""
+
+    accuracy: Estimate
+    log_loss: Estimate
+    drift: Estimate
+    measured: dict[str, Any] = {}
+    win_rate: WinRate | None = None
+
+
+class Evaluation(Thing):
+    """An evaluation of a checkpoint; it has a `result` when it has succeeded."""
+
+    id: str
+    status: str
+    checkpoint_id: str
+    dataset_id: str
+    split: str = "test"
+    reward_model: str | None = None
+    seed: int = 0
+    metadata: dict[str, str] = {}
+    result: EvaluationResult | None = None
+    error: JobError | None = None
+
+
+class EvaluationSample(Thing):
+    """A held-out prompt, answered by base and checkpoint; rewards are None until it is scored."""
+
+    number: int
+    pair_id: str
+    prompt: str
+    base: str
+    aligned: str
+    base_reward: float | None = None
+    aligned_reward: float | None = None
+
+
 class Checkpoint(Thing):
     """Weights that a job has published."""
 

@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kdpo.calls import HasPolicy, call, listing
 from kdpo.downloads import DownloadProgress, downloaded
 from kdpo.errors import InvalidArgument, KdpoClientError
+from kdpo.evaluations import Split, asked_evaluation, get_evaluation
 from kdpo.flows import FilePart, Flow, Items, Request, heard
 from kdpo.resources import (
     ANSWER_S,
@@ -21,7 +23,7 @@ from kdpo.resources import (
     without_none,
 )
 from kdpo.sending import Policy, json_body, parsed, sent
-from kdpo.types import Checkpoint, Dataset, Job, Recommendation, Update
+from kdpo.types import Checkpoint, Dataset, Evaluation, Job, Recommendation, Update
 from kdpo.watching import Clock, verdict, watching
 
 Told = Callable[[Job], None]
@@ -101,6 +103,35 @@ class WorkflowCalls:
         )  # fmt: skip
 
     @call
+    def evaluate(
+        self: HasPolicy,
+        what: str | Checkpoint | Job,
+        *,
+        dataset: str | Dataset | None = None,
+        split: Split | None = None,
+        reward_model: str | None = None,
+        max_prompts: int | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        wait: bool = True,
+        timeout_s: float | None = None,
+        on_progress: Told | None = None,
+    ) -> Flow[Evaluation]:
+        """Measure a checkpoint, or the best one of a job, on pairs that it was not trained on.
+
+        With a `reward_model` it and its base answer prompts, and the answers are compared.
+        """
+        return _evaluated(
+            what, self._policy, wait=_Wait(timeout_s, on_progress) if wait else None,
+            ask=partial(
+                asked_evaluation, dataset=dataset, split=split, reward_model=reward_model,
+                max_prompts=max_prompts, max_new_tokens=max_new_tokens, seed=seed,
+                metadata=metadata,
+            ),
+        )  # fmt: skip
+
+    @call
     def upload(
         self: HasPolicy,
         path: str | Path,
@@ -115,7 +146,7 @@ class WorkflowCalls:
     @call
     def wait(
         self: HasPolicy,
-        job: str | Job | Recommendation | Dataset,
+        job: str | Job | Recommendation | Dataset | Evaluation,
         *,
         timeout_s: float | None = None,
         on_progress: Told | None = None,
@@ -130,7 +161,7 @@ class WorkflowCalls:
     @listing
     def watch(
         self: HasPolicy,
-        job: str | Job | Recommendation | Dataset,
+        job: str | Job | Recommendation | Dataset | Evaluation,
         *,
         after: int | None = None,
         timeout_s: float | None = None,
@@ -211,7 +242,7 @@ def method_of(
     return dict(method)
 
 
-def job_id_of(thing: str | Job | Recommendation | Dataset) -> str:
+def job_id_of(thing: str | Job | Recommendation | Dataset | Evaluation) -> str:
     """Return the id of the job that makes something."""
     match thing:
         case Dataset() | Recommendation():
@@ -298,6 +329,20 @@ def _fine_tuned(
     if wait is None:
         return job
     return (yield from _waited(job.id, policy, wait))
+
+
+def _evaluated(
+    what: str | Checkpoint | Job,
+    policy: Policy,
+    *,
+    wait: _Wait | None,
+    ask: Callable[[Checkpoint, Policy], Flow[Evaluation]],
+) -> Flow[Evaluation]:
+    made = yield from ask((yield from _checkpoint(what, policy)), policy)
+    if wait is None:
+        return made
+    yield from _waited(made.id, policy, wait)
+    return (yield from get_evaluation(made.id, policy))
 
 
 def _waited(job_id: str, policy: Policy, wait: _Wait) -> Flow[Job]:

@@ -20,7 +20,7 @@ Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so man
 @jobs.command("list")
 def list_jobs(
     kind: Annotated[
-        str | None, typer.Option("--kind", help="dataset, recommendation, training or export.")
+        str | None, typer.Option("--kind", help="E.g. training, evaluation, export.")
     ] = None,
     status: Annotated[str | None, typer.Option("--status", help="E.g. running.")] = None,
     limit: Limit = 20,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdpo import AsyncClient, Client
 from tests.e2e.service import EXAMPLES, ROOT, Service, descendants, wait_for
@@ -27,6 +28,14 @@ def check_sums(folder: Path) -> None:
         expected, name = line.split("  ", 1)
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
     assert not list(folder.glob(".*"))
+
+
+def judge(folder: Path) -> Path:
+    """Write a random reward model with tiny-lm's tokenizer."""
+    config = AutoConfig.from_pretrained(TINY, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
 
 
 def kdpo(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -74,6 +83,16 @@ def test_from_a_file_to_a_checkpoint(tmp_path: Path, small_dataset: Path) -> Non
         assert tuned.returncode == 0, tuned.stderr
         check_sums(tmp_path / "commanded")
         job_id = json.loads(tuned.stdout)["id"]
+        evaluated = kdpo(
+            tmp_path, "evaluate", job_id, "-r", str(judge(tmp_path / "judge")), "--json",
+            "--max-prompts", "3", "--max-new-tokens", "8", **named,
+        )  # fmt: skip
+        assert evaluated.returncode == 0, evaluated.stderr
+        measured = json.loads(evaluated.stdout)
+        assert measured["result"]["win_rate"]["prompts"] == 3
+        told = kdpo(tmp_path, "evaluate", job_id, **named)
+        assert told.returncode == 0, told.stderr
+        assert f"{measured['result']['log_loss']['value']:.4f}" in told.stdout
         shown = kdpo(tmp_path, "watch", job_id, **named)
         assert shown.returncode == 0, shown.stderr
         assert "calibrated log-loss" in shown.stdout

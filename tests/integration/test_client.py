@@ -29,9 +29,12 @@ from kdpo import (
     UnsupportedMedia,
     Update,
 )
+from models.evaluation import AnsweredPrompt
+from models.repositories.evaluations import AnswerRepository
 from models.repositories.jobs import Fence, JobRepository
 from tests.integration.api_world import MODEL, pairs, recommendation
 from tests.integration.live_world import Live, live_api, until
+from tests.integration.test_api_evaluations import RESULT as EVALUATED
 from tests.integration.test_api_recommendations import store
 
 pytestmark = pytest.mark.timeout(60)
@@ -255,6 +258,65 @@ def test_from_a_file_to_a_recommendation_and_its_job(
     later = client.recommend(found.dataset_id, model=MODEL, wait=False)
     assert later.status == "queued"
     assert client.recommendations.cancel(later).status == "cancelled"
+
+
+def evaluated(live: Live) -> None:
+    """Do an evaluation as a worker does, with two answers of which one is scored."""
+    fence = live.claim(JobKind.EVALUATION)
+    answers = [
+        AnsweredPrompt(
+            job_id=fence.job_id, number=n, pair_id="0" * 32, prompt=f"p{n}", base="b", aligned="a"
+        )
+        for n in (1, 2)
+    ]
+    with live.database.transaction() as session:
+        AnswerRepository(session).add(fence, answers, gpu_seconds=1.0)
+    with live.database.transaction() as session:
+        AnswerRepository(session).score(fence, [(1, -0.5, 0.5)], gpu_seconds=1.0)
+    live.finish(fence, result=EVALUATED.model_dump(mode="json"))
+
+
+def test_evaluations(live: Live, client: Client) -> None:
+    job, fence = begun(live, client, method="dpo")
+    checkpoint = live.publish(fence, FILES)
+    live.finish(fence, result={"run": {"checkpoint_id": checkpoint}})
+    told: list[str] = []
+    with working(live, (JobKind.EVALUATION, lambda: evaluated(live))):
+        found = client.evaluate(
+            job, split="validation", max_prompts=2, seed=5, metadata={"team": "x"},
+            on_progress=lambda job: told.append(job.kind),
+        )  # fmt: skip
+    assert (found.status, found.checkpoint_id, found.split) == (
+        "succeeded", checkpoint, "validation",
+    )  # fmt: skip
+    assert (found.seed, found.metadata) == (5, {"team": "x"})
+    assert set(told) == {"evaluation"}
+    assert found.result is not None
+    assert found.result.win_rate is not None
+    assert found.result.win_rate.verdict == "better"
+    assert found.result.accuracy.high == 0.7
+    samples = list(client.evaluations.samples(found))
+    assert [(one.number, one.aligned_reward) for one in samples] == [(1, 0.5), (2, None)]
+    later = client.evaluate(checkpoint, dataset=found.dataset_id, wait=False)
+    assert (later.status, later.split, later.result) == ("queued", "test", None)
+    assert [one.id for one in client.evaluations.list()] == [later.id, found.id]
+    assert list(client.evaluations.list(checkpoint="ckpt_none")) == []
+    with pytest.raises(InvalidRequest, match="reward model"):
+        client.evaluate(checkpoint, reward_model=MODEL)
+
+    async def use() -> None:
+        async with AsyncClient(live.url, live.keys["ada"]) as awaited:
+            with working(live, (JobKind.EVALUATION, lambda: evaluated(live))):
+                job = await awaited.wait(later)
+            assert job.kind == "evaluation"
+            same = await awaited.evaluations.get(later)
+            assert same.result == found.result
+            numbers = [one.number async for one in awaited.evaluations.samples(same, limit=1)]
+            assert numbers == [1]
+            with pytest.raises(NotFound):
+                await awaited.evaluate("ckpt_none")
+
+    asyncio.run(use())
 
 
 def check_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from worker.context import JobContext
 from worker.jobs.publish import publish_folder
 from worker.training.export import MANIFEST, export_merged
 from worker.training.folders import FolderDamaged, SealedFolder, open_sealed
-from worker.training.reference import model_sha256, tokenizer_sha256
+from worker.training.reference import model_hashes
 from worker.training.resolve import apply_threads
 
 _LABEL = "merged"
@@ -95,11 +95,7 @@ def adapter_row(context: JobContext, *, to: str) -> Checkpoint:
 
 def check_base(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse a base that is not the one that the adapter was trained on, by content."""
-    found = {
-        "model_sha256": model_sha256(folder),
-        "tokenizer_sha256": tokenizer_sha256(folder),
-    }
-    for name, value in found.items():
+    for name, value in model_hashes(folder).items():
         trained_on = manifest.get(name)
         if trained_on is None:
             raise RunAborted(

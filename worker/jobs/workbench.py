@@ -1,6 +1,6 @@
 """What every job with a model works on: the resident model, the tokenised splits, the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -11,10 +11,7 @@ from core.run_spec import TrainSpec
 from core.spec import ObjectiveSpec, PenaltyTerm
 from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
-from objectives import (
-    HybridObjective,
-    build_objective,
-)
+from objectives import HybridObjective, build_objective
 from worker.context import JobContext
 from worker.ingest.canonical import CanonicalRow, Split
 from worker.jobs.kernel_inputs import KernelInputs
@@ -31,9 +28,8 @@ from worker.training.model import Policy, load_policy
 from worker.training.rank_job import HeldOut, RankJob
 from worker.training.reference import (
     ReferenceTable,
-    model_sha256,
+    model_hashes,
     reference_key,
-    tokenizer_sha256,
     tokens_sha256,
 )
 from worker.training.resolve import TrainPlan, apply_threads, resolve_device, resolve_plan
@@ -298,22 +294,20 @@ class Workbench:
         )
         return build_objective(spec, geometry=geometry, head=head.weight), data
 
-    def measure(self, split: Split, *, span: Span) -> Measured:
-        """Measure the policy as it is on a split."""
-        reporter = Reporter(self.context, "pairs", span)
+    def measure(
+        self, split: Split, *, span: Span, progress: Callable[[int, int], None] | None = None
+    ) -> Measured:
+        """Measure the policy as it is on a split; `progress` stands in for the job's own."""
         return measure(
             self.policy,
             self.pairs[split],
             reference=self.reference_states(split, span),
-            progress=reporter,
+            progress=progress or Reporter(self.context, "pairs", span),
         )
 
     @cached_property
     def _of_model(self) -> dict[str, str]:
-        return {
-            "model_sha256": model_sha256(self._folder),
-            "tokenizer_sha256": tokenizer_sha256(self._folder),
-        }
+        return model_hashes(self._folder)
 
     @cached_property
     def hashes(self) -> dict[str, str]:

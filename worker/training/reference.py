@@ -95,6 +95,14 @@ def tokenizer_sha256(folder: Path) -> str:
     return _combined(sorted(p for p in folder.iterdir() if p.name in _TOKENIZER_FILES))
 
 
+def model_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a model's weights and of its tokenizer, under the names that manifests use."""
+    return {
+        "model_sha256": model_sha256(folder),
+        "tokenizer_sha256": tokenizer_sha256(folder),
+    }
+
+
 def tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
     """Hash of the token ids of pairs, in order."""
     digest = hashlib.sha256()

@@ -73,8 +73,8 @@ def test_entry_point_of_the_package(tmp_path: Path) -> None:
 def test_help(kdpo: Kdpo) -> None:
     shown = kdpo("--help").stdout
     names = (
-        "recommend", "tune", "watch", "download", "jobs", "serve", "api", "worker", "migrate",
-        "doctor", "keys", "version",
+        "recommend", "tune", "evaluate", "watch", "download", "jobs", "serve", "api", "worker",
+        "migrate", "doctor", "keys", "version",
     )  # fmt: skip
     assert all(f" {name} " in shown for name in names)
     assert "--install-completion" in shown

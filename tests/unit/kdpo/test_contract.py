@@ -14,8 +14,9 @@ from app import (
     job_views,
     recommendation_views,
 )
+from app import evaluations as evaluation_views
 from app.main import create_app
-from core import profile
+from core import evaluations, profile
 from core.settings import Settings
 from kdpo import types
 
@@ -40,6 +41,10 @@ PAIRS: list[tuple[type[BaseModel], type[BaseModel]]] = [
     (types.Estimate, profile.Estimate),
     (types.Matrix, recommendation_views.RecommendationMatrix),
     (types.MatrixCell, recommendation_views.MatrixCell),
+    (types.Evaluation, evaluation_views.EvaluationView),
+    (types.EvaluationResult, evaluations.EvaluationResult),
+    (types.WinRate, evaluations.WinRate),
+    (types.EvaluationSample, evaluations.ScoredSample),
     (types.Checkpoint, checkpoint_views.CheckpointView),
     (types.CheckpointFile, checkpoint_views.FileView),
 ]

@@ -20,7 +20,7 @@ from kdpo.flows import Request
 from kdpo.transport import address, httpx_request
 from kdpo.workflows import as_file, method_of
 
-GROUPS = ("jobs", "datasets", "recommendations", "checkpoints")
+GROUPS = ("jobs", "datasets", "recommendations", "checkpoints", "evaluations")
 LIST = {"data": [{"id": "job_2", "status": "running"}], "has_more": False, "last_id": "job_2"}
 
 
