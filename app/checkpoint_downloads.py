@@ -13,6 +13,7 @@ from app.checkpoint_views import CheckpointId, FilePath, stored_file, stored_fil
 from app.checkpoints import read_checkpoint
 from app.deps import Config, Db, ReadsArtifacts, refuse_unknown_query
 from app.downloads import (
+    FILE_CONTENT,
     HEAD_RESPONSES,
     RANGE_RESPONSES,
     Content,
@@ -37,9 +38,7 @@ Signature = Annotated[str, Query(pattern=r"^[A-Za-z0-9_-]{43}$")]
 _TAR: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-tar": {}}, "description": "The archive"}
 }
-_FILE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/octet-stream": {}}, "description": "The file"}
-}
+_FILE: dict[int | str, dict[str, Any]] = {200: {"content": FILE_CONTENT, "description": "The file"}}
 
 
 class CreateDownloadUrl(SpecModel):
@@ -68,6 +67,7 @@ class DownloadUrl(Schema):
 @router.head(
     "/{checkpoint_id}/archive",
     operation_id="head_checkpoint_archive",
+    response_class=Response,
     responses=HEAD_RESPONSES,
 )
 @router.get(
@@ -131,7 +131,10 @@ def create_download_url(
 
 
 @links.head(
-    "/{checkpoint_id}/archive", operation_id="head_signed_archive", responses=HEAD_RESPONSES
+    "/{checkpoint_id}/archive",
+    operation_id="head_signed_archive",
+    response_class=Response,
+    responses=HEAD_RESPONSES,
 )
 @links.get(
     "/{checkpoint_id}/archive",
@@ -157,6 +160,7 @@ async def download_signed_archive(
 @links.head(
     "/{checkpoint_id}/files/{path:path}",
     operation_id="head_signed_file",
+    response_class=Response,
     responses=HEAD_RESPONSES,
 )
 @links.get(

@@ -28,7 +28,7 @@ from app.deps import (
     ReadsArtifacts,
     WritesArtifacts,
 )
-from app.downloads import HEAD_RESPONSES, RANGE_RESPONSES, file_response
+from app.downloads import FILE_CONTENT, HEAD_RESPONSES, RANGE_RESPONSES, file_response
 from app.job_views import AnyJob, any_job
 from app.queue import relay_now
 from app.responses import (
@@ -135,6 +135,7 @@ def list_checkpoint_files(
 @router.head(
     "/{checkpoint_id}/files/{path:path}",
     operation_id="head_checkpoint_file",
+    response_class=Response,
     responses=HEAD_RESPONSES,
 )
 @router.get(
@@ -142,7 +143,7 @@ def list_checkpoint_files(
     operation_id="download_checkpoint_file",
     response_class=Response,
     responses={
-        200: {"content": {"application/octet-stream": {}}, "description": "The file"},
+        200: {"content": FILE_CONTENT, "description": "The file"},
         **RANGE_RESPONSES,
     },
 )

@@ -35,6 +35,7 @@ _PAGE = 20
 @router.head(
     "/{dataset_id}/rows",
     operation_id="head_dataset_rows",
+    response_class=Response,
     responses=HEAD_RESPONSES,
 )
 @router.get(
@@ -77,7 +78,12 @@ async def list_dataset_rows(
     return json_response(page, headers=next_page(request, page))
 
 
-@router.head("/{dataset_id}/content", operation_id="head_dataset_content", responses=HEAD_RESPONSES)
+@router.head(
+    "/{dataset_id}/content",
+    operation_id="head_dataset_content",
+    response_class=Response,
+    responses=HEAD_RESPONSES,
+)
 @router.get(
     "/{dataset_id}/content",
     operation_id="download_dataset",

@@ -35,6 +35,10 @@ _TYPES = {
     ".jsonl": "application/jsonl",
     ".parquet": "application/vnd.apache.parquet",
 }
+FILE_CONTENT: dict[str, dict[str, Any]] = {
+    kind: {} for kind in ("application/octet-stream", *_TYPES.values())
+}
+"""As what a file of any name is sent, for the OpenAPI description."""
 _STANDING = {
     "Accept-Ranges": "bytes",
     "Cache-Control": "private, max-age=31536000, immutable",

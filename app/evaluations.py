@@ -7,6 +7,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
 from sqlalchemy.orm import Session
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import ID_PATTERN, Config, Db, Lists, PageOf, Queue, ReadsJobs, WritesJobs
 from app.filters import Filter
 from app.fine_tuning import DatasetId, Metadata, ModelName, Seed
@@ -157,7 +158,12 @@ def list_evaluations(
     return lists.page(views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{evaluation_id}", operation_id="get_evaluation", response_model=EvaluationView)
+@router.get(
+    "/{evaluation_id}",
+    operation_id="get_evaluation",
+    response_model=EvaluationView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_evaluation(
     request: Request, caller: ReadsJobs, database: Db, evaluation_id: EvaluationId
 ) -> Response:

@@ -17,7 +17,7 @@ from app.deps import (
     ReadsDatasets,
     WritesDatasets,
 )
-from app.downloads import HEAD_RESPONSES, RANGE_RESPONSES, StoredFile, file_response
+from app.downloads import FILE_CONTENT, HEAD_RESPONSES, RANGE_RESPONSES, StoredFile, file_response
 from app.file_store import NewFile, Received, storing
 from app.file_views import ExpiresAfter, FileDeleted, FileId, FileView, file_view
 from app.queue import relay_now
@@ -194,6 +194,7 @@ def delete_file(
 @router.head(
     "/{file_id}/content",
     operation_id="head_file_content",
+    response_class=Response,
     responses=HEAD_RESPONSES,
 )
 @router.get(
@@ -201,7 +202,7 @@ def delete_file(
     operation_id="download_file",
     response_class=Response,
     responses={
-        200: {"content": {"application/octet-stream": {}}, "description": "The file"},
+        200: {"content": FILE_CONTENT, "description": "The file"},
         **RANGE_RESPONSES,
     },
 )

@@ -13,6 +13,7 @@ import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
+from app.conditional import CONDITIONAL_RESPONSES
 from app.deps import ID_PATTERN, TEXT_PATTERN, Config, Db, PageOf, ReadsJobs
 from app.responses import ListOf, conditional, etag_matches, list_of, next_page
 from app.search_tasks import RaceFound
@@ -84,7 +85,12 @@ def trial_query(
 TrialsOf = Annotated[tuple[PageQuery, TrialOrder], Depends(trial_query)]
 
 
-@router.get("", operation_id="list_studies", response_model=ListOf[StudyView])
+@router.get(
+    "",
+    operation_id="list_studies",
+    response_model=ListOf[StudyView],
+    responses=CONDITIONAL_RESPONSES,
+)
 def list_studies(
     request: Request,
     caller: ReadsJobs,
@@ -107,7 +113,12 @@ def list_studies(
     return _page(request, views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{study_id}", operation_id="get_study", response_model=StudyView)
+@router.get(
+    "/{study_id}",
+    operation_id="get_study",
+    response_model=StudyView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_study(request: Request, caller: ReadsJobs, database: Db, study_id: StudyId) -> Response:
     """Return a search with its best feasible trial so far; its ETag makes polling cheap."""
     with database.reading() as session:
@@ -116,7 +127,12 @@ def get_study(request: Request, caller: ReadsJobs, database: Db, study_id: Study
     return conditional(request, view)
 
 
-@router.get("/{study_id}/trials", operation_id="list_trials", response_model=ListOf[TrialView])
+@router.get(
+    "/{study_id}/trials",
+    operation_id="list_trials",
+    response_model=ListOf[TrialView],
+    responses=CONDITIONAL_RESPONSES,
+)
 def list_trials(
     request: Request,
     caller: ReadsJobs,
@@ -138,7 +154,12 @@ def list_trials(
     return _page(request, views, [view.id for view in views], has_more=page.has_more)
 
 
-@router.get("/{study_id}/trials/{number}", operation_id="get_trial", response_model=TrialDetail)
+@router.get(
+    "/{study_id}/trials/{number}",
+    operation_id="get_trial",
+    response_model=TrialDetail,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_trial(
     request: Request, caller: ReadsJobs, database: Db, study_id: StudyId, number: TrialNumber
 ) -> Response:
@@ -151,7 +172,12 @@ def get_trial(
     return conditional(request, view)
 
 
-@router.get("/{study_id}/best", operation_id="get_best_trial", response_model=BestView)
+@router.get(
+    "/{study_id}/best",
+    operation_id="get_best_trial",
+    response_model=BestView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_best_trial(
     request: Request, caller: ReadsJobs, database: Db, settings: Config, study_id: StudyId
 ) -> Response:
@@ -174,7 +200,12 @@ def get_best_trial(
     return _computed(request, compute, of=(task, *views, *facts), headers=_JSON)
 
 
-@router.get("/{study_id}/pareto", operation_id="get_pareto_front", response_model=ParetoView)
+@router.get(
+    "/{study_id}/pareto",
+    operation_id="get_pareto_front",
+    response_model=ParetoView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_pareto_front(
     request: Request, caller: ReadsJobs, database: Db, study_id: StudyId, rung: Rung = None
 ) -> Response:
@@ -190,7 +221,12 @@ def get_pareto_front(
     return conditional(request, view)
 
 
-@router.get("/{study_id}/importance", operation_id="get_importance", response_model=ImportanceView)
+@router.get(
+    "/{study_id}/importance",
+    operation_id="get_importance",
+    response_model=ImportanceView,
+    responses=CONDITIONAL_RESPONSES,
+)
 def get_importance(
     request: Request,
     caller: ReadsJobs,
@@ -249,7 +285,7 @@ _EXPORTS: dict[int | str, dict[str, Any]] = {
     "/{study_id}/export",
     operation_id="export_study",
     response_class=Response,
-    responses=_EXPORTS,
+    responses={**_EXPORTS, **CONDITIONAL_RESPONSES},
 )
 def export_study(
     request: Request,

@@ -88,7 +88,10 @@ class UpdateStudy(SpecModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"gpu_seconds": 7200, "parallelism": 4}, {"max_trials": None}]
+            "examples": [
+                {"gpu_seconds": 7200, "parallelism": 4},
+                {"max_trials": 80, "shape": "lean"},
+            ]
         }
     )
 
@@ -144,7 +147,7 @@ class EnqueueTrial(TrialStrengths):
         json_schema_extra={
             "examples": [
                 {"arm": "rbf × jensen_shannon", "factors": {"learning_rate": 2.0, "gamma": 0.5}},
-                {"arm": "dpo", "values": {"beta": 0.2}},
+                {"arm": "dpo", "values": {"beta": 0.3}},
             ]
         }
     )

@@ -1,17 +1,17 @@
 """What people do to searches: begin one, clone it, change its limits, add and repeat trials."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
-from app.deps import Config, Db, Queue, WritesJobs
+from app.deps import Config, Db, IfMatch, Queue, WritesJobs
 from app.fine_tuning import Cloned, CreateFineTuningJob, queue_fine_tuning
 from app.job_verbs import CancelOptions, JobVerbs, NoOptions
 from app.job_views import FineTuningJob
-from app.responses import check_if_match, conditional, json_response
+from app.responses import check_if_match, json_response, with_etag
 from app.search_tasks import LimitsFound, LimitsTask, SettingAnswer, SettingRefused, SettingTask
 from app.study_bodies import (
     CloneStudy,
@@ -38,9 +38,6 @@ from models.session import Database
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 
-StudyIfMatch = Annotated[
-    str | None, Header(max_length=1000, description="its ETag; refused with 412 if it differs")
-]
 _SETTING: TypeAdapter[Any] = TypeAdapter(SettingAnswer)
 _TURNS = 5
 
@@ -125,8 +122,8 @@ def _made(job: FineTuningJob) -> Response:
 
 @router.patch("/{study_id}", operation_id="update_study", response_model=StudyView)
 def update_study(
-    request: Request, caller: WritesJobs, database: Db, study_id: StudyId, body: UpdateStudy,
-    if_match: StudyIfMatch = None,
+    caller: WritesJobs, database: Db, study_id: StudyId, body: UpdateStudy,
+    if_match: IfMatch = None,
 ) -> Response:  # fmt: skip
     """Let a search go on with another budget, shape or number of workers, from its next task on.
 
@@ -149,7 +146,7 @@ def update_study(
             orders.change(locked, spec=spec, plan=found.plan, shape=found.shape)
             session.flush()
             view = study_views(session, [locked])[0]
-        return conditional(request, view)
+        return with_etag(view)
     raise Conflict(
         f"study {study_id} was changed {_TURNS} times by others meanwhile",
         code="study_busy",

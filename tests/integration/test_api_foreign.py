@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 
 from app.keys import Scope
-from core.lifecycle import JobKind
-from models.job import Job
-from models.repositories.experiments import ExperimentRepository
-from models.repositories.searches import SearchRepository
-from tests.integration.api_world import World, pairs, recommendation, running_api, training_result
+from tests.integration.api_world import World, running_api
+from tests.integration.object_world import HOST, WORDS, make_objects
 
 # Of the whole service, for administrators; a foreign key without that scope gets 403.
 SERVICE = frozenset({"key_id", "worker_id", "owner_id"})
@@ -24,49 +21,9 @@ PUBLIC = frozenset({"code", "name"})
 
 @pytest.fixture
 def world(sqlite_url: str, tmp_path: Path) -> Iterator[World]:
-    hooks = {"hosts": "example.com"}
+    hooks = {"hosts": HOST}
     with running_api(sqlite_url, tmp_path, webhooks=hooks) as world:
         yield world
-
-
-def objects(world: World) -> dict[str, str]:
-    """Make one object of each kind; return ids by the names of path parameters."""
-    dataset = world.dataset()
-    job = world.training_job(dataset)["id"]
-    fence = world.claim(JobKind.TRAINING)
-    with world.database.transaction() as session:
-        owner = session.get_one(Job, job).owner_id
-        rec = ExperimentRepository(session).save_recommendation(
-            fence, owner_id=owner, dataset_id=dataset, model="tiny-lm",
-            result=recommendation().model_dump(mode="json"),
-        )  # fmt: skip
-        study = SearchRepository(session).create(
-            fence, owner_id=owner, spec={}, plan={}, shape="none"
-        )
-        recommendation_id, study_id = rec.id, study.id
-    checkpoint = world.publish(fence, {"model.safetensors": b"weights", "config.json": b"{}"})
-    world.finish(fence, result=training_result(checkpoint).model_dump(mode="json"))
-    other = {"purpose": "user_data"}
-    file = world.post("/v1/files", files={"file": ("p.jsonl", pairs(3))}, data=other)
-    named = {**other, "filename": "p.jsonl", "bytes": 10, "mime_type": "text/jsonl"}
-    upload = world.post("/v1/uploads", json=named)
-    hook = world.post("/v1/webhooks", json={"url": "https://example.com/hook"})
-    tried = world.post(f"/v1/webhooks/{hook.json()['id']}/test")
-    for made in (file, upload, hook, tried):
-        assert made.status_code in (200, 201, 202), made.text
-    return {
-        "dataset_id": dataset,
-        "job_id": job,
-        "recommendation_id": recommendation_id,
-        "study_id": study_id,
-        "checkpoint_id": checkpoint,
-        "file_id": file.json()["id"],
-        "upload_id": upload.json()["id"],
-        "webhook_id": hook.json()["id"],
-        "delivery_id": tried.json()["id"],
-        "path": "config.json",
-        "number": "0",
-    }
 
 
 def body_of(document: dict[str, Any], operation: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +51,7 @@ def walk(world: World) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def test_somebody_elses_ids_are_ids_of_nothing(world: World) -> None:
-    ids = objects(world)
+    ids = make_objects(world)
     bob = world.headers("bob")  # an administrator of the service, and still not ada
     walked = 0
     for method, path, body in walk(world):
@@ -114,12 +71,13 @@ def test_somebody_elses_ids_are_ids_of_nothing(world: World) -> None:
         ("datasets", "dataset_id"), ("jobs", "job_id"), ("studies", "study_id"),
         ("recommendations", "recommendation_id"), ("checkpoints", "checkpoint_id"),
         ("files", "file_id"), ("uploads", "upload_id"), ("webhooks", "webhook_id"),
+        ("evaluations", "evaluation_id"),
     ):  # fmt: skip
         assert world.get(f"/v1/{kind}/{ids[name]}").status_code == 200, kind
 
 
 def test_no_answer_to_a_stranger_names_an_object_of_ours(world: World) -> None:
-    ids = [one for one in objects(world).values() if len(one) > 20]
+    ids = [one for name, one in make_objects(world).items() if name not in SERVICE | set(WORDS)]
     assert len(ids) >= 8
     document = world.app.openapi()
     service = {"/v1/api_keys", "/v1/workers", "/v1/audit"}
