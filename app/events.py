@@ -3,12 +3,14 @@
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.deps import ID_PATTERN, Caller, Config, Db, Lister, Lists
 from app.job_views import EventView, Progress, event_view
@@ -135,8 +137,6 @@ class EventReader:
             InvalidInput: the cursor is neither a number nor an event id.
             TooManyRequests: the key has too many streams open.
         """
-        if self.query.streamed:
-            self.followers.check_room(caller.key_id)
         with self.database.reading() as session:
             job = JobRepository(session).get(caller.owner_id, job_id, kind=kind)
             after = self.query.after
@@ -147,11 +147,11 @@ class EventReader:
         if start.ending is not None and self.query.resumed:
             # The one answer that keeps a browser from connecting again.
             return Response(status_code=204)
-        return StreamingResponse(
-            _frames(self.followers, caller.key_id, start, ping_s=self.settings.api.stream_ping_s),
-            media_type=STREAM_TYPE,
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
+        frames = _frames(self.followers, start, ping_s=self.settings.api.stream_ping_s)
+        if start.ending is not None:
+            return _EventStream(frames, leave=None)
+        self.followers.enter(caller.key_id)
+        return _EventStream(frames, leave=partial(self.followers.leave, caller.key_id))
 
     def _page(self, session: Session, job_id: str, seq: int | None) -> ListOf[EventView]:
         limit = self.query.limit
@@ -203,18 +203,30 @@ class _Start:
         )
 
 
-async def _frames(
-    followers: Followers, key_id: str, start: _Start, *, ping_s: float
-) -> AsyncIterator[bytes]:
+class _EventStream(StreamingResponse):
+    """A stream that gives its place back, also when its client left before it began."""
+
+    def __init__(self, frames: AsyncIterator[bytes], *, leave: Callable[[], None] | None) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(frames, media_type=STREAM_TYPE, headers=headers)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._leave is not None:
+                self._leave()
+
+
+async def _frames(followers: Followers, start: _Start, *, ping_s: float) -> AsyncIterator[bytes]:
     """Send the snapshot, then what happens; ends after `done`, or when the server stops."""
     yield f"retry: {RETRY_MS}\n\n".encode() + _frame("snapshot", start.snapshot, start.seq)
     if start.ending is not None:
         yield _event_frame(start.ending)
         return
     shown, sent_at = start.pulse.progress, float("-inf")
-    with followers.stream(
-        key_id, start.job_id, seq=start.seq, version=start.pulse.version
-    ) as follower:
+    with followers.follow(start.job_id, seq=start.seq, version=start.pulse.version) as follower:
         while not follower.closed:
             pulse = follower.pulse
             held = pulse is not None and pulse.progress not in (None, shown)

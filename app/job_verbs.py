@@ -94,6 +94,7 @@ class JobVerbs:
         Raises:
             NotFound, Changed: as `cancel`.
             Conflict: the job has ended.
+            QuotaExceeded: the owner has too many waiting jobs, or no device time left.
         """
         with self._locked(caller, job_id, kind) as (session, job):
             resumed = view(session, JobRepository(session).resume(job))

@@ -6,6 +6,7 @@ loop. The poller asks for all followed jobs at once, in a thread of its own.
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class Followers:
         self._max_streams = max_streams
         self._followers: set[Follower] = set()
         self._streams: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
         self._joined = asyncio.Event()
@@ -99,8 +101,8 @@ class Followers:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def check_room(self, key: str) -> None:
-        """Make sure that a key may open one more stream.
+    def enter(self, key: str) -> None:
+        """Count one more stream of a key; `leave` must follow. From any thread.
 
         Raises:
             TooManyRequests: it has as many open as it may.
@@ -108,21 +110,18 @@ class Followers:
         """
         if self._closed:
             raise Unavailable("the server is stopping; connect again shortly")
-        if self._streams[key] >= self._max_streams:
-            raise TooManyRequests(
-                f"this API key has {self._streams[key]} event streams open, which is the limit",
-                code="too_many_streams",
-                hint="close one, or poll the same path without `stream`",
-            )
+        with self._counting:
+            if self._streams[key] >= self._max_streams:
+                raise TooManyRequests(
+                    f"this API key has {self._streams[key]} event streams open, which is the limit",
+                    code="too_many_streams",
+                    hint="close one, or poll the same path without `stream`",
+                )
+            self._streams[key] += 1
 
-    @contextmanager
-    def stream(self, key: str, job_id: str, *, seq: int, version: int) -> Iterator[Follower]:
-        """Follow a job with a stream that counts for its key."""
-        self._streams[key] += 1
-        try:
-            with self.follow(job_id, seq=seq, version=version) as follower:
-                yield follower
-        finally:
+    def leave(self, key: str) -> None:
+        """Count one stream of a key less."""
+        with self._counting:
             self._streams[key] -= 1
             if not self._streams[key]:
                 del self._streams[key]

@@ -287,11 +287,12 @@ def _complete(
             param="md5",
             hint="send the damaged parts again, and name the parts in the order of the file",
         )
-    new = NewFile(upload.owner_id, upload.filename, upload.purpose, upload.file_ttl_s)
+    new = NewFile(
+        upload.owner_id, upload.filename, upload.purpose, upload.file_ttl_s, upload_id=upload.id
+    )
     with storing(database, settings, received, new) as (session, file):
         row = UploadRepository(session).pending(upload.owner_id, upload.id)
         row.status, row.file_id = UploadStatus.COMPLETED, file.id
-        UploadRepository(session).forget_parts(upload.id)
         return _view(session, row)
 
 

@@ -25,10 +25,7 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Request:
-    """One request, relative to the server's address.
-
-    `keyed` requests create something: they carry an `Idempotency-Key`, the same in all tries.
-    """
+    """One request, relative to the server's address."""
 
     method: str
     path: str
@@ -38,7 +35,6 @@ class Request:
     form: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     read_timeout_s: float | None = None
-    keyed: bool = False
 
 
 @dataclass(frozen=True)

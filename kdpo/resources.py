@@ -44,7 +44,6 @@ def posted(
     policy: Policy,
     body: object | None = None,
     *,
-    keyed: bool = False,
     prefer_wait_s: int | None = None,
 ) -> Flow[M]:
     """Return what a POST answers, after at most `prefer_wait_s` where the server can wait."""
@@ -55,7 +54,6 @@ def posted(
         json={} if body is None else body,
         headers={"Prefer": f"wait={prefer_wait_s}"} if waits else {},
         read_timeout_s=prefer_wait_s + ANSWER_S if prefer_wait_s is not None else None,
-        keyed=keyed,
     )
     reply = yield from sent(request, policy)
     return parsed(kind, reply.content)
@@ -135,7 +133,7 @@ class JobCalls:
     @call
     def retry(self: HasPolicy, job: str | Job) -> Flow[Job]:
         """Try a failed job again, from the last step that it finished."""
-        return posted(Job, f"/v1/jobs/{id_of(job)}/retry", self._policy, keyed=True)
+        return posted(Job, f"/v1/jobs/{id_of(job)}/retry", self._policy)
 
     @listing
     def events(
@@ -189,7 +187,7 @@ class DatasetCalls:
     ) -> Flow[Dataset]:
         """Let the server fetch a dataset, e.g. `{"type": "huggingface", "repo_id": …}`."""
         body = without_none({"source": dict(source), "name": name, "policy": policy})
-        return posted(Dataset, "/v1/datasets", self._policy, body, keyed=True, prefer_wait_s=wait_s)
+        return posted(Dataset, "/v1/datasets", self._policy, body, prefer_wait_s=wait_s)
 
     @call
     def get(self: HasPolicy, dataset: str | Dataset) -> Flow[Dataset]:
@@ -231,7 +229,7 @@ class DatasetCalls:
         """Read the upload of a dataset again under another policy, as a version of its own."""
         body = without_none({"policy": dict(policy), "name": name})
         path = f"/v1/datasets/{id_of(dataset)}/versions"
-        return posted(Dataset, path, self._policy, body, keyed=True, prefer_wait_s=wait_s)
+        return posted(Dataset, path, self._policy, body, prefer_wait_s=wait_s)
 
     @call
     def delete(self: HasPolicy, dataset: str | Dataset) -> Flow[None]:
@@ -277,7 +275,7 @@ class RecommendationCalls:
             }
         )  # fmt: skip
         path = f"/v1/recommendations/{id_of(recommendation)}/accept"
-        return posted(Job, path, self._policy, body, keyed=True)
+        return posted(Job, path, self._policy, body)
 
     @call
     def cancel(self: HasPolicy, recommendation: str | Recommendation) -> Flow[Recommendation]:
@@ -310,7 +308,7 @@ class CheckpointCalls:
     def export(self: HasPolicy, checkpoint: str | Checkpoint) -> Flow[Job]:
         """Merge an adapter into its base model, as a checkpoint that needs no adapter."""
         path = f"/v1/checkpoints/{id_of(checkpoint)}/export"
-        return posted(Job, path, self._policy, {"merge": True}, keyed=True)
+        return posted(Job, path, self._policy, {"merge": True})
 
 
 def uploaded(
@@ -331,7 +329,6 @@ def uploaded(
         form=form,
         headers={"Prefer": f"wait={wait_s}"},
         read_timeout_s=wait_s + ANSWER_S,
-        keyed=True,
     )
     reply = yield from sent(request, sending)
     return parsed(Dataset, reply.content)

@@ -21,7 +21,8 @@ MAX_DELAY_S = 8.0
 # A server that wants more patience than this has said something that a person should hear.
 MAX_RETRY_AFTER_S = 60.0
 _RETRIED = frozenset({408, 429, 502, 503, 504})
-_SAFE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+# Done twice, these have done it once.
+_REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Policy:
 
 
 def sent(request: Request, policy: Policy) -> Flow[Reply]:
-    """Return the answer to a request, tried again where that can help and does no harm.
+    """Return the answer to a request, tried again where that can help.
+
+    It does no harm: what changes something carries a key, under which the server does it once.
 
     Raises:
         ApiError: the server refused.
@@ -50,8 +53,8 @@ def sent(request: Request, policy: Policy) -> Flow[Reply]:
         tries += 1
         try:
             reply: Reply = yield Send(request)
-        except ConnectionFailed as broken:
-            if tries > policy.max_retries or not may_repeat(request, broken):
+        except ConnectionFailed:
+            if tries > policy.max_retries:
                 raise
             yield Sleep(policy.pause_s(tries))
             continue
@@ -81,21 +84,11 @@ def opened(request: Request) -> Flow[Stream]:
 
 
 def with_key(request: Request) -> Request:
-    """Return the request with a key of its own when it creates something."""
-    if not request.keyed or "Idempotency-Key" in request.headers:
+    """Return the request with a key of its own when it makes or changes something."""
+    if request.method in _REPEATABLE or "Idempotency-Key" in request.headers:
         return request
     key = f"kdpo-{secrets.token_hex(16)}"
     return replace(request, headers={**request.headers, "Idempotency-Key": key})
-
-
-def may_repeat(request: Request, broken: ConnectionFailed) -> bool:
-    """Whether a request whose connection broke can be sent again without doing it twice."""
-    return not broken.sent or request.method in _SAFE or "Idempotency-Key" in request.headers
-
-
-def should_retry(error: ApiError, headers: Mapping[str, str]) -> bool:
-    """Whether the server would answer otherwise soon."""
-    return _should_retry(error.status, headers, asked_pause_s(headers))
 
 
 def asked_pause_s(headers: Mapping[str, str]) -> float | None:

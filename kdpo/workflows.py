@@ -290,7 +290,7 @@ def _recommended(
         body = without_none(
             {"dataset_id": _id(data), "model": model, "seed": seed, "metadata": metadata}
         )
-        made = yield from posted(Recommendation, "/v1/recommendations", sending, body, keyed=True)
+        made = yield from posted(Recommendation, "/v1/recommendations", sending, body)
     else:
         form = {"model": model, "seed": str(seed)}
         if policy is not None:
@@ -298,7 +298,7 @@ def _recommended(
         if metadata is not None:
             form["metadata"] = json.dumps(metadata)
         request = Request(
-            "POST", "/v1/recommendations", file=FilePart(file, on_upload), form=form, keyed=True,
+            "POST", "/v1/recommendations", file=FilePart(file, on_upload), form=form,
             read_timeout_s=VALIDATION_S + ANSWER_S,
         )  # fmt: skip
         made = parsed(Recommendation, (yield from sent(request, sending)).content)
@@ -325,7 +325,7 @@ def _fine_tuned(
             yield from _waited(dataset.job_id, policy, _Wait(None, None))
         dataset_id = dataset.id
     body = {**body, "dataset_id": dataset_id}
-    job = yield from posted(Job, "/v1/fine_tuning/jobs", policy, body, keyed=True)
+    job = yield from posted(Job, "/v1/fine_tuning/jobs", policy, body)
     if wait is None:
         return job
     return (yield from _waited(job.id, policy, wait))

@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import orjson
 
@@ -34,14 +34,24 @@ class Deliveries:
         Raises:
             Unavailable: the database does not answer; what was claimed is due after its lease.
         """
-        while due := self._claim():
-            with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="webhook") as pool:
-                list(pool.map(self._deliver, due))
+        running: set[Future[None]] = set()
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="webhook") as pool:
+            while True:
+                # Whoever hangs holds one place, and the others go on.
+                due = self._claim(_AT_ONCE - len(running))
+                running |= {pool.submit(self._deliver, one) for one in due}
+                if not running:
+                    return
+                ended, running = wait(running, PERIOD_S, return_when=FIRST_COMPLETED)
+                for one in ended:
+                    one.result()
 
-    def _claim(self) -> list[Due]:
+    def _claim(self, limit: int) -> list[Due]:
+        if not limit:
+            return []
         lease_s = self._settings.timeout_s + _LEASE_MARGIN_S
         with self._database.transaction() as session:
-            return list(WebhookRepository(session).claim(lease_s=lease_s, limit=_AT_ONCE))
+            return list(WebhookRepository(session).claim(lease_s=lease_s, limit=limit))
 
     def _deliver(self, due: Due) -> None:
         body = orjson.dumps(

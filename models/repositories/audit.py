@@ -52,9 +52,9 @@ class AuditRepository:
                 owner_id=deed.owner_id,
                 key_id=deed.key_id,
                 operation=deed.operation[:80],
-                object_id=None if deed.object_id is None else deed.object_id[:100],
+                object_id=None if deed.object_id is None else _shown(deed.object_id)[:100],
                 method=deed.method[:10],
-                path=deed.path[:500],
+                path=_shown(deed.path)[:500],
                 status=deed.status,
                 address=None if deed.address is None else deed.address[:64],
                 request_id=deed.request_id,
@@ -83,3 +83,8 @@ class AuditRepository:
         self._session.execute(
             delete(AuditEntry).where(AuditEntry.created_at < db_now() - older_than_s)
         )
+
+
+def _shown(text: str) -> str:
+    """Return a text as any database takes it: paths are what clients say, NUL and all."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -169,7 +169,12 @@ class UploadRepository:
         file_ttl_s: int | None,
         expires_s: float,
     ) -> UploadSession:
-        """Insert an upload that waits for its parts."""
+        """Insert an upload that waits for its parts.
+
+        Raises:
+            QuotaExceeded: the owner may not upload or store so much.
+        """
+        QuotaRepository(self._session).admit_bytes(owner_id, size_bytes)
         row = UploadSession(
             id=new_id(IdPrefix.UPLOAD),
             owner_id=owner_id,
@@ -233,6 +238,7 @@ class UploadRepository:
         Raises:
             NotFound: no such upload.
             Conflict: it takes no more parts, or the parts would be more than was announced.
+            QuotaExceeded: the owner may not store so much.
         """
         upload = self.pending(owner_id, upload_id)
         same = select(UploadPart).where(
@@ -253,6 +259,7 @@ class UploadRepository:
                 param="data",
                 hint="complete the upload with the parts that it has, or cancel it and begin anew",
             )
+        QuotaRepository(self._session).admit_bytes(upload.owner_id, size_bytes)
         part = UploadPart(id=part_id, upload_id=upload_id, bytes=size_bytes, sha256=sha256)
         self._session.add(part)
         self._session.flush()

@@ -17,6 +17,7 @@ from models.dataset import Dataset
 from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.job_moves import Fence, JobMoves
+from models.repositories.quotas import QuotaRepository
 from models.types import db_now
 
 
@@ -66,6 +67,7 @@ class JobPauses(JobMoves):
 
         Raises:
             Conflict: the job has ended.
+            QuotaExceeded: the owner has too many waiting jobs, or no device time left.
         """
         # Locked, or a cancel at the same moment would be undone.
         self._session.get(Job, job.id, with_for_update=True, populate_existing=True)
@@ -74,6 +76,8 @@ class JobPauses(JobMoves):
                 f"job {job.id} has already {job.status.value}; only a paused job can be resumed",
                 code="job_not_resumable",
             )
+        if job.status in (JobStatus.DRAFT, JobStatus.PAUSED):
+            QuotaRepository(self._session).admit_job(job.owner_id, job.kind)
         resumed = self._move(
             job.id, (JobStatus.DRAFT, JobStatus.PAUSED), JobStatus.QUEUED, error=None,
             run_after=db_now(), attention=_without_low_disk(job),

@@ -1,6 +1,7 @@
 """Owners and API keys."""
 
 from sqlalchemy import func, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.ids import IdPrefix, new_id
@@ -18,11 +19,15 @@ class OwnerRepository:
     def ensure(self, name: str) -> Owner:
         """Return the owner of that name, made if missing."""
         owner = self.find(name)
-        if owner is None:
-            owner = Owner(id=new_id(IdPrefix.OWNER), name=name)
-            self._session.add(owner)
-            self._session.flush()
-        return owner
+        if owner is not None:
+            return owner
+        made = Owner(id=new_id(IdPrefix.OWNER), name=name)
+        try:
+            with self._session.begin_nested():
+                self._session.add(made)
+        except IntegrityError:  # another request was faster
+            return self._session.execute(select(Owner).where(Owner.name == name)).scalar_one()
+        return made
 
     def count_keys(self) -> int:
         """Return how many keys can be used."""

@@ -9,11 +9,12 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from core.errors import QuotaExceeded
+from core.files import UploadStatus
 from core.lifecycle import DatasetStatus, JobKind, JobStatus
 from core.queue import QUEUE_OF_KIND, QueueName
 from models.dataset import Dataset
 from models.experiment import Checkpoint
-from models.file import StoredFileRow
+from models.file import StoredFileRow, UploadPart, UploadSession
 from models.job import Job
 from models.owner import Owner
 from models.quota import GpuUsage, Quota
@@ -133,15 +134,20 @@ class QuotaRepository:
         files = select(func.sum(StoredFileRow.bytes)).where(
             StoredFileRow.owner_id == owner_id, ~kept.exists()
         )
+        parts = (
+            select(func.sum(UploadPart.bytes))
+            .join(UploadSession, UploadSession.id == UploadPart.upload_id)
+            .where(UploadSession.owner_id == owner_id, UploadSession.status == UploadStatus.PENDING)
+        )
         checkpoints = select(func.sum(Checkpoint.bytes)).where(Checkpoint.owner_id == owner_id)
         rows = select(func.sum(Dataset.counts["rows"].as_integer())).where(
             Dataset.owner_id == owner_id, Dataset.status != DatasetStatus.DELETED
         )
-        datasets, file_bytes, checkpoint_bytes, count = (
+        datasets, file_bytes, part_bytes, checkpoint_bytes, count = (
             int(self._session.execute(one).scalar_one() or 0)
-            for one in (select(func.sum(uploads.c.bytes)), files, checkpoints, rows)
+            for one in (select(func.sum(uploads.c.bytes)), files, parts, checkpoints, rows)
         )
-        return Stored(datasets, file_bytes, checkpoint_bytes, count)
+        return Stored(datasets, file_bytes + part_bytes, checkpoint_bytes, count)
 
     def charge(self, job_id: str, seconds: float) -> None:
         """Add device seconds of a job to its owner's day."""
@@ -198,7 +204,7 @@ class QuotaRepository:
             self._lock(owner_id)
             _refuse(
                 QuotaName.STORED_BYTES, stored, self.stored(owner_id).bytes, more=size_bytes,
-                frees="when you delete datasets, files or checkpoints",
+                frees="when you delete datasets, files or checkpoints, or cancel uploads in parts",
             )  # fmt: skip
 
     def _lock(self, owner_id: str) -> None:

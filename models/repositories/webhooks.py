@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from core.errors import Conflict, NotFound
 from core.ids import IdPrefix, new_id
 from core.webhook_events import DeliveryStatus, WebhookEventType, retry_delay_s
+from models.owner import Owner
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.repositories.webhook_outbox import delivery_of, owe
 from models.types import db_now
@@ -65,6 +66,8 @@ class WebhookRepository:
         Raises:
             Conflict: the owner has as many as one may have.
         """
+        # Two requests at once must not both make the last one.
+        self._session.execute(select(Owner.id).where(Owner.id == owner_id).with_for_update())
         count = select(func.count()).select_from(Webhook).where(Webhook.owner_id == owner_id)
         if self._session.execute(count).scalar_one() >= at_most:
             raise Conflict(
@@ -189,16 +192,30 @@ class WebhookRepository:
     # ------------------------------------------------------------- by workers
 
     def claim(self, *, lease_s: float, limit: int) -> Sequence[Due]:
-        """Take deliveries that are due; each is due again after the lease, should this one die."""
+        """Take deliveries that are due; each is due again after the lease, should this one die.
+
+        Webhooks take turns, so that one that has many waits for itself only.
+        """
+        is_due = (
+            WebhookDelivery.status == DeliveryStatus.PENDING,
+            WebhookDelivery.due_at <= db_now(),
+        )
+        turn = func.row_number().over(
+            partition_by=WebhookDelivery.webhook_id,
+            order_by=(WebhookDelivery.due_at, WebhookDelivery.id),
+        )
+        turns = (
+            select(WebhookDelivery.id, WebhookDelivery.due_at, turn.label("turn"))
+            .join(Webhook, Webhook.id == WebhookDelivery.webhook_id)
+            .where(*is_due, Webhook.enabled.is_(True))
+            .subquery()
+        )
         due = (
             select(WebhookDelivery, Webhook)
+            .join(turns, turns.c.id == WebhookDelivery.id)
             .join(Webhook, Webhook.id == WebhookDelivery.webhook_id)
-            .where(
-                WebhookDelivery.status == DeliveryStatus.PENDING,
-                WebhookDelivery.due_at <= db_now(),
-                Webhook.enabled.is_(True),
-            )
-            .order_by(WebhookDelivery.due_at)
+            .where(*is_due)
+            .order_by(turns.c.turn, turns.c.due_at)
             .limit(limit)
             .with_for_update(skip_locked=True, of=WebhookDelivery)
         )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def test_a_key_is_shown_once_used_and_revoked(world: World) -> None:
     assert world.client.get("/v1/me", headers=bearer).status_code == 401
     again = world.client.delete(f"/v1/api_keys/{key['id']}", headers=world.headers())
     assert again.status_code == 404
+
+
+def test_keys_for_a_new_owner_may_be_made_at_once(world: World) -> None:
+    world.headers()
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: world.post("/v1/api_keys", json=NEW_KEY), range(8)))
+    assert [answer.status_code for answer in made] == [201] * 8
+    assert len({answer.json()["owner_id"] for answer in made}) == 1
 
 
 def test_keys_end_by_themselves_and_are_refused_when_past(world: World) -> None:
@@ -149,6 +158,32 @@ def test_an_owner_has_so_many_jobs_waiting(world: World) -> None:
     assert world.post("/v1/fine_tuning/jobs", json=body).status_code == 200
 
 
+def test_who_resumes_a_job_has_it_waiting_again(world: World) -> None:
+    dataset = world.dataset()
+    set_quota(world, "ada", queued_jobs=1)
+    draft = world.training_job(dataset, auto_start=False)["id"]
+    job = world.training_job(dataset)["id"]
+    for path in (f"/v1/jobs/{draft}/resume", f"/v1/fine_tuning/jobs/{draft}/resume"):
+        refused = world.post(path)
+        assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+        assert refused.json()["quota"]["name"] == "queued_jobs"
+    assert world.post(f"/v1/jobs/{job}/pause").status_code == 202
+    assert world.post(f"/v1/jobs/{draft}/resume").status_code == 202
+    assert world.post(f"/v1/jobs/{job}/resume").status_code == 429
+    # Nothing is asked of one that waits already.
+    assert world.post(f"/v1/jobs/{draft}/resume").status_code == 202
+    assert quota_of(world, "queued_jobs")["used"] == 1.0
+
+
+def test_two_requests_at_once_do_not_both_get_the_last_place(world: World) -> None:
+    dataset = world.dataset()
+    set_quota(world, "ada", queued_jobs=2)
+    body = {"model": MODEL, "dataset_id": dataset}
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: world.post("/v1/fine_tuning/jobs", json=body), range(8)))
+    assert sorted(answer.status_code for answer in made) == [200] * 2 + [429] * 6
+
+
 def test_device_time_of_a_month_is_limited_and_counted(world: World) -> None:
     dataset = world.dataset()
     set_quota(world, "ada", gpu_seconds_month=100)
@@ -183,6 +218,44 @@ def test_uploads_and_what_is_stored_are_limited(world: World) -> None:
     assert full.json()["quota"]["used"] == 2 * one
     world.client.delete(f"/v1/datasets/{first}", headers=world.headers())
     assert world.upload().status_code == 202
+
+
+def test_parts_of_an_upload_are_stored_as_well(world: World) -> None:
+    def begin(size: int) -> Any:
+        body = {"filename": "p", "purpose": "fine-tune", "bytes": size, "mime_type": "text/plain"}
+        return world.post("/v1/uploads", json=body)
+
+    def add(upload: str, data: bytes) -> Any:
+        # In chunks of unknown number: nothing tells the length before it has come.
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="data"\r\n\r\n' + data + b"\r\n--b--\r\n"
+        )
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        return world.post(f"/v1/uploads/{upload}/parts", content=iter([body]), headers=kind)
+
+    data = pairs(30)
+    set_quota(world, "ada", upload_bytes=len(data), stored_bytes=len(data) + 100)
+    large = begin(len(data) + 1)
+    assert (large.status_code, large.json()["quota"]["name"]) == (429, "upload_bytes")
+    first, second = (begin(len(data)).json()["id"] for _ in range(2))
+    part = add(first, data)
+    assert part.status_code == 200, part.text
+    assert world.get("/v1/usage").json()["stored"]["file_bytes"] == len(data)
+    full = add(second, data)
+    assert (full.status_code, full.json()["quota"]["name"]) == (429, "stored_bytes")
+    assert [p for p in (world.settings.part_dir / second).rglob("*") if p.is_file()] == []
+    assert begin(len(data)).status_code == 429
+    # What the parts become takes their room.
+    done = world.post(f"/v1/uploads/{first}/complete", json={"part_ids": [part.json()["id"]]})
+    assert done.status_code == 200, done.text
+    stored = world.get("/v1/usage").json()["stored"]
+    assert (stored["bytes"], stored["dataset_bytes"]) == (len(data), len(data))
+    world.validate()
+    gone = world.client.delete(f"/v1/files/{done.json()['file']['id']}", headers=world.headers())
+    assert gone.status_code == 200
+    assert add(second, data).status_code == 200
+    world.post(f"/v1/uploads/{second}/cancel")
+    assert world.get("/v1/usage").json()["stored"]["bytes"] == 0
 
 
 def test_a_told_length_is_enough_to_refuse_an_upload(world: World) -> None:
@@ -335,3 +408,13 @@ def test_old_entries_are_forgotten(world: World) -> None:
     with world.database.transaction() as session:
         AuditRepository(session).sweep(older_than_s=-1.0)
     assert audit(world) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/files/%00", "/v1/files/" + "x" * 3000, "/v1/files/%ED%A0%80"]
+)
+def test_odd_paths_are_noted_and_refused(world: World, path: str) -> None:
+    answer = world.client.delete(path, headers=world.headers())
+    assert answer.status_code in (404, 422), answer.text
+    entry = world.get("/v1/audit").json()["data"][0]
+    assert (entry["operation"], entry["status"]) == ("delete_file", answer.status_code)

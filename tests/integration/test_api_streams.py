@@ -185,6 +185,27 @@ def test_streams_of_a_key_are_capped_and_a_client_that_left_makes_room(live: Liv
         assert named(found).event == "snapshot"
 
 
+def test_streams_that_are_opened_at_once_do_not_pass_the_cap(live: Live) -> None:
+    job = live.training_job(live.dataset())["id"]
+    url = f"{live.url}/v1/jobs/{job}/events?stream=true"
+    headers = live.headers()
+    leave = threading.Event()
+
+    def look(_: int) -> int:
+        with httpx.stream("GET", url, headers=headers, timeout=20) as answer:
+            statuses.append(answer.status_code)
+            leave.wait(20)
+        return answer.status_code
+
+    statuses: list[int] = []
+    with ThreadPoolExecutor(12) as pool:
+        looks = [pool.submit(look, number) for number in range(12)]
+        until(lambda: len(statuses) == 12)
+        leave.set()
+        assert sorted(one.result() for one in looks) == [200] * 3 + [429] * 9
+    until(lambda: not live.app.state.followers._streams)
+
+
 def test_idle_streams_hold_no_connection_and_no_thread(database_url: str, tmp_path: Path) -> None:
     api = {"stream_poll_s": 0.2, "max_streams": 100}
     with live_api(database_url, tmp_path, api=api) as live:

@@ -5,6 +5,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models.repositories.jobs import JobRepository
 from models.repositories.webhooks import WebhookRepository
 from models.webhook import WebhookDelivery
 from tests.integration.api_world import World, running_api
+from tests.integration.live_world import until
 from tests.integration.source_servers import make_authority
 from tests.integration.test_api import check_problem
 from tests.integration.webhook_world import Receiver, is_signed, receiving
@@ -155,6 +157,24 @@ def test_an_invalid_dataset_and_a_recommendation(world: World, receiver: Receive
     world.finish(world.claim(JobKind.RECOMMENDATION), JobStatus.FAILED)
     deliver(world)
     assert sorted(receiver.types) == ["dataset.invalid"] * 2 + ["recommendation.failed"]
+
+
+def test_evaluations_that_end(world: World, receiver: Receiver) -> None:
+    dataset = world.dataset()
+    world.training_job(dataset)
+    fence = world.claim(JobKind.TRAINING)
+    made = world.publish(fence, {"config.json": b"{}"})
+    world.finish(fence, JobStatus.FAILED)
+    deliver(world)
+    hook(world, receiver)
+    ids = [
+        world.post("/v1/evaluations", json={"checkpoint_id": made}).json()["id"] for _ in range(2)
+    ]
+    world.finish(world.claim(JobKind.EVALUATION), JobStatus.FAILED)
+    world.finish(world.claim(JobKind.EVALUATION))
+    deliver(world)
+    told = [(one.event["type"], one.event["data"]["id"]) for one in receiver.posted]
+    assert sorted(told) == [("evaluation.completed", ids[1]), ("evaluation.failed", ids[0])]
 
 
 def test_an_expiring_checkpoint(world: World, receiver: Receiver) -> None:
@@ -335,6 +355,28 @@ def test_many_workers_send_each_event_once(
         assert len(log_of(world, made["id"], "?status=delivered&limit=100")) == 30
 
 
+def test_a_receiver_that_hangs_delays_nobody_else(sqlite_url: str, tmp_path: Path) -> None:
+    with receiving() as slow, receiving() as quick:
+        release = threading.Event()
+        slow.before = lambda: release.wait(20)
+        hosts = tuple(f"localhost:{one.port}={LOOPBACK}" for one in (slow, quick))
+        webhooks = {"hosts": hosts, "allow_http": True, "timeout_s": 15.0}
+        with running_api(sqlite_url, tmp_path, webhooks=webhooks) as world:
+            hung, other = hook(world, slow), hook(world, quick)
+            for _ in range(20):
+                world.post(f"/v1/webhooks/{hung['id']}/test")
+            for _ in range(3):
+                world.post(f"/v1/webhooks/{other['id']}/test")
+            thread = threading.Thread(target=deliver, args=(world,))
+            thread.start()
+            try:
+                until(lambda: len(quick.posted) == 3, 8)
+            finally:
+                release.set()
+                thread.join(60)
+            assert len(slow.posted) == 20
+
+
 # ----------------------------------------------------------------- secrets
 
 
@@ -404,6 +446,18 @@ def test_addresses_that_are_not_listed(
     made = hook(world, receiver)
     patched = world.client.patch(f"/v1/webhooks/{made['id']}", json=body, headers=world.headers())
     check_problem(patched, status, code)
+
+
+def test_two_requests_at_once_do_not_both_make_the_last_webhook(
+    database_url: str, tmp_path: Path
+) -> None:
+    webhooks = {"hosts": ("hooks.example.com",), "max_per_owner": 2}
+    with running_api(database_url, tmp_path, webhooks=webhooks) as world:
+        world.headers()
+        body = {"url": "https://hooks.example.com/"}
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda _: world.post("/v1/webhooks", json=body), range(8)))
+        assert sorted(answer.status_code for answer in made) == [201] * 2 + [409] * 6
 
 
 def test_limits_scopes_and_strangers(world: World, receiver: Receiver) -> None:
