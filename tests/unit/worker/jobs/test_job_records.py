@@ -13,23 +13,29 @@ import torch
 
 from core.errors import FailureCode, RunAborted
 from core.ids import IdPrefix, new_id
-from core.lifecycle import AttemptOutcome, EventType, JobKind, TrialStatus
+from core.lifecycle import AttemptOutcome, EventType, JobKind
 from core.modelref import ModelRef
 from core.queue import QueueName
+from core.run_spec import CandidateSpec
 from core.settings import Settings, TrainingSettings
-from models.experiment import TrialRow
+from core.spec import ObjectiveSpec
+from models.experiment import TaskRow, TrialRow
 from models.job import Event
 from models.repositories.events import events_after
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.owners import OwnerRepository
+from models.repositories.searches import TaskRecord
 from models.session import Database
+from selection.winner import FinishedTrial
+from tests.unit.selection.searches import plan
 from worker.context import JobContext
 from worker.jobs import export
 from worker.jobs.flags import raise_flags
 from worker.jobs.publish import publish_folder
 from worker.jobs.scopes import Reporter, ScopeHooks, Span
-from worker.jobs.search_trials import _paired_errors, _write_losses
+from worker.jobs.search import _configs, _finished
+from worker.jobs.search_losses import losses_path, write_losses
 from worker.training.export import MANIFEST
 from worker.training.folders import seal_folder
 from worker.training.reference import model_sha256, tokenizer_sha256
@@ -91,56 +97,51 @@ def desk(tmp_path: Path, sqlite_url: str) -> Iterator[Desk]:
     database.dispose()
 
 
-class TestPairedErrors:
-    """Four validation pairs of three prompts; trial 0 is the best."""
+class TestLossesOfTrials:
+    """Three trials on four validation pairs; trial 0 is the best."""
 
-    GROUP = np.array([0, 0, 1, 2])
+    RUNG = 2
     LOSSES = (np.array([0.1, 0.3, 0.2, 0.4]), np.array([0.2, 0.3, 0.5, 0.4]), np.full(4, 0.9))
     ALONE = (0.3, 0.4, 1.2)
 
-    def rows(self, context: JobContext) -> list[TrialRow]:
-        for number, losses in enumerate(self.LOSSES):
-            _write_losses(context, number, losses)
-        return [
-            TrialRow(
-                number=number, status=TrialStatus.COMPLETE, feasible=True,
-                log_loss=float(losses.mean()), metrics={"standard_error": self.ALONE[number]},
-            )
-            for number, losses in enumerate(self.LOSSES)
-        ]  # fmt: skip
+    def record(self, number: int) -> TaskRecord:
+        log_loss = float(self.LOSSES[number].mean())
+        trial = TrialRow(
+            number=number, arm=f"arm {number}", draw=0, repeat=0,
+            metrics={"standard_error": self.ALONE[number]},
+            candidate=CandidateSpec(
+                objective=ObjectiveSpec(), learning_rate=1e-4
+            ).model_dump(mode="json"),
+        )  # fmt: skip
+        return TaskRecord(task=TaskRow(rung=self.RUNG, log_loss=log_loss, drift=0.1), trial=trial)
 
-    def clustered(self, number: int) -> float:
-        """The same error from the definition, cluster by cluster."""
-        difference = self.LOSSES[number] - self.LOSSES[0]
-        centred = difference - difference.mean()
-        sums = [centred[g == self.GROUP].sum() for g in range(3)]
-        return math.sqrt(3 / 2 * sum(s * s for s in sums)) / 4
-
-    def errors(self, desk: Desk, *, lost: tuple[int, ...]) -> tuple[dict[int, float], list[Event]]:
+    def finished(
+        self, desk: Desk, *, lost: tuple[int, ...] = ()
+    ) -> tuple[list[FinishedTrial], list[Event]]:
         job_id = desk.job()
         context = desk.attempt()
-        rows = self.rows(context)
+        for number, losses in enumerate(self.LOSSES):
+            write_losses(context, number, self.RUNG, losses)
         for number in lost:
-            (context.job_dir / "trials" / f"{number}.json").unlink()
-        return _paired_errors(context, rows, group=self.GROUP), desk.warnings(job_id)
+            losses_path(context, number, self.RUNG).unlink()
+        records = [self.record(number) for number in range(3)]
+        return _finished(_configs(context, plan(), records, self.RUNG)), desk.warnings(job_id)
 
-    def test_pairs_cancel_what_trials_share(self, desk: Desk) -> None:
-        errors, told = self.errors(desk, lost=())
-        expected = {0: 0.0, 1: self.clustered(1), 2: self.clustered(2)}
-        assert errors == pytest.approx(expected)
+    def test_what_is_kept_is_compared_pair_by_pair(self, desk: Desk) -> None:
+        found, told = self.finished(desk)
+        for trial, losses in zip(found, self.LOSSES, strict=True):
+            assert trial.losses is not None
+            assert np.array_equal(trial.losses, losses[None])
         assert told == []
 
-    def test_a_lost_trial_is_taken_as_independent_and_named(self, desk: Desk) -> None:
-        errors, told = self.errors(desk, lost=(1,))
-        assert errors == pytest.approx({0: 0.0, 1: math.hypot(0.3, 0.4), 2: self.clustered(2)})
-        assert [event.data for event in told] == [{"trials": [1]}]
+    @pytest.mark.parametrize("lost", [0, 1])
+    def test_a_lost_trial_is_taken_as_independent_and_named(self, desk: Desk, lost: int) -> None:
+        found, told = self.finished(desk, lost=(lost,))
+        assert [trial.number for trial in found if trial.losses is None] == [lost]
+        errors = [trial.standard_error for trial in found]
+        assert errors == pytest.approx([0.0, math.hypot(0.3, 0.4), math.hypot(0.3, 1.2)])
+        assert [event.data for event in told] == [{"trials": [lost]}]
         assert "independent trials" in told[0].message
-
-    def test_without_the_best_trial_nothing_can_be_paired(self, desk: Desk) -> None:
-        errors, told = self.errors(desk, lost=(0,))
-        expected = {0: 0.0, 1: math.hypot(0.3, 0.4), 2: math.hypot(0.3, 1.2)}
-        assert errors == pytest.approx(expected)
-        assert [event.data for event in told] == [{"trials": [0]}]
 
 
 def test_flags_are_raised_once_whatever_attempts_the_step_takes(desk: Desk) -> None:
@@ -149,7 +150,11 @@ def test_flags_are_raised_once_whatever_attempts_the_step_takes(desk: Desk) -> N
     with context.transaction() as session:
         for step in range(8):
             ExperimentRepository(session).record_metrics(
-                context.fence, scope="train", step=step, values={"loss": 0.5 + 0.1 * step}
+                context.fence,
+                job_id=job_id,
+                scope="train",
+                step=step,
+                values={"loss": 0.5 + 0.1 * step},
             )
     expected = ("likelihood_displacement", "loss_diverging")
     for _ in range(2):
