@@ -84,16 +84,13 @@ class _OpenedTar:
             os.close(handle)
 
     async def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
-        try:
-            for piece in self.pieces:
-                first = max(part.start - piece.start, 0)
-                last = min(part.stop - piece.start, piece.size)
-                if first >= last:
-                    continue
-                if piece.file is None:
-                    yield piece.data[first:last]
-                    continue
-                async for chunk in read_range(self.handles[piece.file], ByteRange(first, last)):
-                    yield chunk
-        finally:
-            self.close()
+        for piece in self.pieces:
+            first = max(part.start - piece.start, 0)
+            last = min(part.stop - piece.start, piece.size)
+            if first >= last:
+                continue
+            if piece.file is None:
+                yield piece.data[first:last]
+                continue
+            async for chunk in read_range(self.handles[piece.file], ByteRange(first, last)):
+                yield chunk

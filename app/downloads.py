@@ -13,6 +13,7 @@ from urllib.parse import quote
 from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.errors import problem_response
 from app.responses import etag_matches
@@ -86,13 +87,13 @@ class Content:
 
 
 class Opened(Protocol):
-    """Content that is ready to be sent; it is sent or closed."""
+    """Content that is ready to be sent; whoever has it closes it, once."""
 
     def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
-        """Give the bytes of a part, then close."""
+        """Give the bytes of a part."""
 
     def close(self) -> None:
-        """Send nothing."""
+        """Close its files."""
 
 
 class Unsatisfiable(RunAborted):
@@ -157,12 +158,24 @@ class _OpenedFile:
     def close(self) -> None:
         os.close(self.handle)
 
-    async def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
+    def chunks(self, part: ByteRange) -> AsyncIterator[bytes]:
+        return read_range(self.handle, part)
+
+
+class _Sending(StreamingResponse):
+    """Sends a part of opened content and closes it, also when the client left before it began."""
+
+    def __init__(
+        self, opened: Opened, part: ByteRange, *, status: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__(opened.chunks(part), status_code=status, headers=headers)
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for chunk in read_range(self.handle, part):
-                yield chunk
+            await super().__call__(scope, receive, send)
         finally:
-            os.close(self.handle)
+            self._opened.close()
 
 
 async def file_response(request: Request, file: StoredFile) -> Response:
@@ -201,7 +214,7 @@ async def content_response(request: Request, content: Content) -> Response:
     if request.method == "HEAD":
         opened.close()
         return Response(headers=headers)
-    return StreamingResponse(opened.chunks(sent), status_code=status, headers=headers)
+    return _Sending(opened, sent, status=status, headers=headers)
 
 
 async def read_range(handle: int, part: ByteRange) -> AsyncIterator[bytes]:

@@ -1,10 +1,25 @@
-"""Byte ranges of RFC 9110, section 14.1.2."""
+"""Byte ranges of RFC 9110, section 14.1.2; files are closed whatever becomes of the client."""
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
 
 import pytest
+from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message, Scope
 
-from app.downloads import ByteRange, Unsatisfiable, parse_range
+from app.archives import tar_of
+from app.downloads import (
+    ByteRange,
+    StoredFile,
+    Unsatisfiable,
+    content_response,
+    file_response,
+    parse_range,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +64,41 @@ def test_any_header_gives_bytes_of_the_file_or_nothing(header: str, size: int) -
     except Unsatisfiable:
         return
     assert found is None or 0 <= found.start < found.stop <= size
+
+
+def open_files(folder: Path) -> list[str]:
+    handles = Path("/proc/self/fd")
+    if not handles.is_dir():
+        pytest.skip("this system does not show which files are open")
+    targets = (os.readlink(link) for link in handles.iterdir() if link.is_symlink())
+    return [target for target in targets if target.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("form", ["file", "tar"])
+def test_a_client_that_has_left_leaves_no_file_open(tmp_path: Path, form: str) -> None:
+    data = b"x" * 1000
+    (tmp_path / "a").write_bytes(data)
+    file = StoredFile(tmp_path, "a", len(data), hashlib.sha256(data).hexdigest())
+    scope: Scope = {
+        "type": "http", "method": "GET", "path": "/a", "query_string": b"", "headers": [],
+        "app": FastAPI(), "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }  # fmt: skip
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        # Nobody reads; the server's buffer is full of what was asked for before.
+        await asyncio.sleep(0.01)
+
+    async def ask() -> None:
+        if form == "file":
+            response = await file_response(Request(scope), file)
+        else:
+            content = tar_of([file], name="c", created_at=0)
+            response = await content_response(Request(scope), content)
+        assert open_files(tmp_path)
+        await response(scope, gone, send)
+
+    asyncio.run(ask())
+    assert open_files(tmp_path) == []
