@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.deps import ID_PATTERN, TEXT_PATTERN
 from app.fine_tuning import DatasetId, Metadata, ModelName, Seed, Suffix
 from app.search_tasks import Strengths
-from core.methods import TrainHyperparameters
+from core.methods import Auto, AutoMethod, TrainHyperparameters
 from core.run_spec import SearchSpec, ShapeName
 from core.spec import SpecModel
 
@@ -45,6 +45,17 @@ class CreateStudy(SpecModel):
     auto_start: bool = Field(
         default=True, description="false: a draft, which waits until its job is resumed"
     )
+
+    @property
+    def method(self) -> AutoMethod:
+        """The method of its job."""
+        auto = Auto(search=self.search, hyperparameters=self.hyperparameters)
+        return AutoMethod(type="auto", auto=auto)
+
+    @model_validator(mode="after")
+    def _makes_a_job(self) -> Self:
+        _ = self.method  # refuses what does not go with a search
+        return self
 
 
 class CloneStudy(SpecModel):

@@ -24,6 +24,7 @@ from app.study_bodies import (
     UpdateStudy,
 )
 from app.study_process import run_task
+from app.study_quote import workers_for
 from app.study_views import StudyView, study_views
 from app.trial_views import TrialDetail, trial_detail
 from core.errors import Conflict, InvalidInput
@@ -53,11 +54,8 @@ def create_study(
 
     The study is there, as `study_id` of the job, when the data are measured and its plan is made.
     """
-    method = AutoMethod(
-        type="auto", auto=Auto(search=body.search, hyperparameters=body.hyperparameters)
-    )
     asked = CreateFineTuningJob(
-        model=body.model, dataset_id=body.dataset_id, method=method, seed=body.seed,
+        model=body.model, dataset_id=body.dataset_id, method=body.method, seed=body.seed,
         suffix=body.suffix, metadata=body.metadata, auto_start=body.auto_start,
     )  # fmt: skip
     return _made(queue_fine_tuning(caller.owner_id, database, queue, settings, asked))
@@ -134,8 +132,9 @@ def update_study(
         with database.reading() as session:
             study = ExperimentRepository(session).study(caller.owner_id, study_id)
             StudyOrders(session).refuse_ended(study)
-        spec = study.spec | given
-        found = _limits(study, spec)
+            spec = study.spec | given
+            workers = workers_for(session, spec)
+        found = _limits(study, spec, workers)
         with database.transaction() as session:
             orders = StudyOrders(session)
             locked = orders.lock(caller.owner_id, study_id)
@@ -155,13 +154,14 @@ def update_study(
     )
 
 
-def _limits(study: StudyRow, spec: dict[str, Any]) -> LimitsFound:
+def _limits(study: StudyRow, spec: dict[str, Any], workers: int) -> LimitsFound:
     task = LimitsTask(
         plan=study.plan,
         gpu_seconds=spec["gpu_seconds"],
         max_trials=spec["max_trials"],
         deadline_seconds=spec["deadline_seconds"],
         shape=spec["shape"],
+        workers=workers,
     )
     return LimitsFound.model_validate_json(run_task(task))
 
