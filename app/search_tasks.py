@@ -22,7 +22,10 @@ class QuoteTask(SpecModel):
 
 
 class LimitsTask(SpecModel):
-    """A plan under other limits; with `shape` in that one, else in the one that they pay for."""
+    """A plan under other limits; with `shape` in that one, else in the one that they pay for.
+
+    `workers` are how many share the work, which tells what can be done until a deadline.
+    """
 
     kind: Literal["limits"] = "limits"
     plan: dict[str, Any]
@@ -30,6 +33,7 @@ class LimitsTask(SpecModel):
     max_trials: int | None
     deadline_seconds: float | None
     shape: ShapeName | None
+    workers: int
 
 
 class LimitsFound(SpecModel):

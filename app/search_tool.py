@@ -80,19 +80,13 @@ def _limits(task: LimitsTask) -> LimitsFound:
     )
     plan = replace(plan_from_json(task.plan), budget=budget)
     if task.shape is None:
-        shape, plan = fit_shape(plan)
+        shape, plan = fit_shape(plan, workers=task.workers)
     else:
         shape, plan = task.shape, shaped(plan, task.shape)
     return LimitsFound(shape=shape, plan=plan_to_json(plan))
 
 
 # ------------------------------------------------------------------ settings
-
-
-class _Refused(Exception):
-    def __init__(self, detail: str, param: str | None) -> None:
-        super().__init__(detail)
-        self.param = param
 
 
 def _setting(task: SettingTask) -> SettingFound | SettingRefused:
@@ -102,10 +96,8 @@ def _setting(task: SettingTask) -> SettingFound | SettingRefused:
         setting = _factors(arm, task)
         candidate = candidate_at(arm.candidate, setting)
         _refuse_clipped(arm, setting, candidate)
-    except _Refused as refused:
-        return SettingRefused(detail=str(refused), param=refused.param)
-    except InvalidInput as unknown:
-        return SettingRefused(detail=unknown.message, param=None)
+    except InvalidInput as refused:
+        return SettingRefused(detail=refused.message, param=refused.param)
     return SettingFound(
         setting=setting_to_json(setting), candidate=candidate, rung=plan.draw_rung,
         recommended=setting == RECOMMENDED,
@@ -127,32 +119,35 @@ def _factors(arm: Arm, task: SettingTask) -> Setting:
     """The setting that was asked for.
 
     Raises:
-        _Refused: the arm has no such strength, or it is out of reach.
+        InvalidInput: the arm has no such strength, or it is out of reach.
     """
     recommended, factors = _values(arm.candidate), {}
     for name, value in task.strengths.model_dump(exclude={"mixture"}, exclude_none=True).items():
         if name not in recommended:
-            raise _Refused(
-                f"{name} has no meaning for {arm.name}, which has {list(recommended)}", name
+            raise InvalidInput(
+                f"{name} has no meaning for {arm.name}, which has {list(recommended)}",
+                param=name,
             )
         factor = value / recommended[name] if task.absolute else value
         if not 1.0 / REACH <= factor <= REACH:
             low, high = recommended[name] / REACH, recommended[name] * REACH
-            raise _Refused(
+            raise InvalidInput(
                 f"{name} is {factor:.4g} times the {recommended[name]:.4g} that is recommended for "
                 f"{arm.name}; expected 1/{REACH:.0f} to {REACH:.0f} times, {low:.4g} to {high:.4g}",
-                name,
+                param=name,
             )
         factors[name] = factor
     mixture = task.strengths.mixture
     if mixture is not None:
         if not arm.learns_mixture:
-            raise _Refused(
-                f"mixture holds weights of HMK, and {arm.name} has another kernel", "mixture"
+            raise InvalidInput(
+                f"mixture holds weights of HMK, and {arm.name} has another kernel",
+                param="mixture",
             )
         if not all(_LOW <= weight <= _HIGH for weight in mixture):
-            raise _Refused(
-                f"mixture is {list(mixture)}; expected weights of {_LOW} to {_HIGH}", "mixture"
+            raise InvalidInput(
+                f"mixture is {list(mixture)}; expected weights of {_LOW} to {_HIGH}",
+                param="mixture",
             )
     base = RECOMMENDED if task.base is None else setting_from_json(task.base)
     return replace(base, **factors, mixture=base.mixture if mixture is None else mixture)
@@ -162,16 +157,16 @@ def _refuse_clipped(arm: Arm, setting: Setting, candidate: CandidateSpec) -> Non
     """Refuse what the range of the search would change.
 
     Raises:
-        _Refused: a strength would not be the one that was asked for.
+        InvalidInput: a strength would not be the one that was asked for.
     """
     there = _values(candidate)
     for name, value in _values(arm.candidate).items():
         wanted = value * getattr(setting, name)
         if not math.isclose(wanted, there[name], rel_tol=1e-9):
-            raise _Refused(
+            raise InvalidInput(
                 f"{name} would be {wanted:.4g}, outside of the range of the search, whose nearest "
                 f"value is {there[name]:.4g}",
-                name,
+                param=name,
             )
 
 

@@ -86,7 +86,7 @@ def get_study_quote(
         tally = StudyRepository(session).tallies([study.id])[study.id]
         facts = tuple(record.facts() for record in searches.records(study.id))
         elapsed = searches.elapsed(study)
-        counted = workers or _workers(session, study)
+        counted = workers or workers_for(session, study.spec)
     provisional = is_provisional(study, job)
     found = (
         _priced(study, facts, elapsed=elapsed, workers=counted)
@@ -101,9 +101,10 @@ def get_study_quote(
     )  # fmt: skip
 
 
-def _workers(session: Session, study: StudyRow) -> int:
+def workers_for(session: Session, spec: dict[str, Any]) -> int:
+    """Return how many workers there are for a search, at most its `parallelism`, at least one."""
     there = WorkerRepository(session).ready(QueueName.GPU, within_s=_LIVE_S)
-    return max(1, min(there, study.spec.get("parallelism") or there))
+    return max(1, min(there, spec.get("parallelism") or there))
 
 
 def _priced(

@@ -369,6 +369,23 @@ def test_an_extended_budget_goes_on_with_the_same_tasks() -> None:
     assert not {start.task.key for start in starts} & {e.task.key for e in study.ended}
 
 
+def test_a_trial_by_hand_makes_no_pair_a_leading_one_and_takes_no_draw() -> None:
+    made = plan(number=6)
+    worst = max(made.arms[1:], key=lambda arm: _at_length(arm.name))
+    asked = Task(Trial(worst.name, 1, 0, Setting(beta=0.5), Origin.HAND), 1, 0)
+    _, starts, _ = run_alone(made, study=Study(waiting=(asked,)))
+    drawn = [
+        start.task.trial
+        for start in starts
+        if start.task.trial.draw and start.task.start == 0 and start.task.trial.repeat == 0
+    ]
+    assert asked.trial in drawn
+    own = Counter(trial.arm for trial in drawn if trial.origin is not Origin.HAND)
+    assert len(own) == made.shape.leading + 1
+    assert set(own.values()) == {made.shape.draws}
+    assert worst.name not in own
+
+
 def test_a_task_that_a_person_asked_for_is_done_and_races() -> None:
     made = plan(number=6)
     setting = Setting(learning_rate=2.0, beta=0.5)
