@@ -31,7 +31,7 @@ from worker.training.resolve import TrainPlan, resolve_plan
 from worker.training.states import ReferenceStates
 from worker.training.step import TrainingData
 from worker.training.store import ReferenceStore
-from worker.training.tokenize import TokenizedPair, tokenize_rows
+from worker.training.tokenize import TokenizedPair, TokenizedSplit, tokenize_rows
 
 PLAIN = "dpo"
 BETA, GAMMA, ALPHA = 0.1, 0.1, 0.6
@@ -233,6 +233,25 @@ def by_lot(features: ReferenceFeatures, generator: torch.Generator) -> Reference
     )  # fmt: skip
 
 
+def _tokenized(
+    policy: Policy, source: Path, scratch: Path, split: SplitPolicy
+) -> dict[Split, TokenizedSplit]:
+    """Training and validation pairs of a file."""
+    result = ingest(
+        source, out_dir=scratch, dataset_id="bench", policy=DatasetPolicy(split=split),
+        limits=DataLimits(), on_progress=lambda done, total: None,
+    )  # fmt: skip
+    if result.failure is not None:
+        raise RuntimeError(f"{source} cannot be used: {result.failure.message}")
+    return {
+        name: tokenize_rows(
+            read_canonical(scratch / CANONICAL_NAME, name),
+            tokenizer=policy.tokenizer, max_length=BUDGET["max_length"],
+        )
+        for name in (Split.TRAIN, Split.VALIDATION)
+    }  # fmt: skip
+
+
 def open_case(
     policy: Policy,
     source: Path,
@@ -254,20 +273,7 @@ def open_case(
         RuntimeError: the file cannot become a dataset.
     """
     started = time.perf_counter()
-    result = ingest(
-        source, out_dir=scratch, dataset_id="bench",
-        policy=DatasetPolicy(split=SplitPolicy(seed=seed, **held_out)), limits=DataLimits(),
-        on_progress=lambda done, total: None,
-    )  # fmt: skip
-    if result.failure is not None:
-        raise RuntimeError(f"{source} cannot be used: {result.failure.message}")
-    split = {
-        name: tokenize_rows(
-            read_canonical(scratch / CANONICAL_NAME, name),
-            tokenizer=policy.tokenizer, max_length=BUDGET["max_length"],
-        )
-        for name in (Split.TRAIN, Split.VALIDATION)
-    }  # fmt: skip
+    split = _tokenized(policy, source, scratch, SplitPolicy(seed=seed, **held_out))
     short = {
         name: [p for p in part.pairs if longest is None or p.length <= longest]
         for name, part in split.items()
@@ -277,11 +283,11 @@ def open_case(
     store = ReferenceStore(
         scratch / "reference", max_bytes=2 * _STATES_BYTES, states_bytes=_STATES_BYTES
     )
-    found, held_out = (
+    found, apart = (
         store.get(policy, part, key=name, states=True, progress=lambda done, total: None)
         for name, part in (("train", pairs), ("validation", validation))
     )
-    if found.states is None or held_out.states is None:
+    if found.states is None or apart.states is None:
         raise RuntimeError(f"the states of {source} pass {_STATES_BYTES} bytes; take fewer pairs")
     plan = resolve_plan(
         TrainSpec(
@@ -296,10 +302,10 @@ def open_case(
             pairs=pairs, chosen_log_prob=found.table.chosen_log_prob,
             rejected_log_prob=found.table.rejected_log_prob, reference_states=found.states,
         ),
-        validation=validation, validation_states=held_out.states,
+        validation=validation, validation_states=apart.states,
         geometry=fit_geometry(found.table.embeddings, seed=seed), plan=plan,
         features=found.table.features(pairs),
-        validation_features=held_out.table.features(validation),
+        validation_features=apart.table.features(validation),
         about={
             "plan": plan.as_dict(), "train_pairs": len(pairs),
             "tokens_a_pair": math.fsum(p.length for p in pairs) / len(pairs),
