@@ -10,7 +10,7 @@ from app.responses import Schema, unix
 from core.lifecycle import EventType, JobKind, JobStatus, Phase, StepStatus
 from core.methods import Method
 from core.results import TrainingResult
-from models.experiment import MetricPoint
+from models.experiment import MetricPoint, StudyRow
 from models.job import Event, Job, JobStep
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
@@ -58,6 +58,14 @@ class Usage(Schema):
 
     gpu_seconds: float
     trained_tokens: int | None = None
+
+
+class JobEstimate(Schema):
+    """What the search of a job will take in all, as it was last promised; `at` says when."""
+
+    at: Literal["start", "screened"]
+    gpu_seconds: float = Field(description="as likely to be less as to be more")
+    gpu_seconds_p90: float
 
 
 class StepView(Schema):
@@ -127,7 +135,7 @@ class FineTuningJob(JobView):
     integrations: tuple[str, ...] = ()
     draft: bool = Field(description="made with `auto_start: false` and not resumed yet")
     dry_run: bool = Field(default=False, description="the job was only checked, and not made")
-    estimate: dict[str, float | None] | None = None
+    estimate: JobEstimate | None = Field(description="null before the search has a plan")
     recommendation_id: str | None
     study_id: str | None
     result: TrainingResult | None = Field(description="set when the job has succeeded")
@@ -192,8 +200,16 @@ def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
         if recommendation is None
         else recommendation.id,
         study_id=None if study is None else study.id,
+        estimate=None if study is None else _estimate(study),
         result=result,
     )
+
+
+def _estimate(study: StudyRow) -> JobEstimate | None:
+    if not study.quotes:
+        return None
+    last = study.quotes[-1]
+    return JobEstimate(at=last["at"], gpu_seconds=last["p50"], gpu_seconds_p90=last["p90"])
 
 
 def event_view(event: Event) -> EventView:

@@ -13,6 +13,7 @@ from core.modelref import ModelRef
 from models.job import Job
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
+from models.repositories.searches import SearchRepository
 from tests.integration.api_world import (
     MODEL,
     MODEL_DIR,
@@ -21,6 +22,7 @@ from tests.integration.api_world import (
     running_api,
     training_result,
 )
+from tests.integration.object_world import running_search
 from tests.integration.test_api import check_problem
 
 
@@ -127,7 +129,7 @@ def test_job_object_has_all_members(world: World) -> None:
     assert job["kind"] == "training"
     assert job["status"] == "queued"
     assert job["method"]["type"] == "auto"
-    assert job["method"]["auto"]["search"]["max_trials"] == 12
+    assert job["method"]["auto"]["search"]["max_trials"] is None
     assert job["suffix"] == "v1"
     assert job["queue"] == {"position": 1, "ahead": 0, "estimated_start": None}
     assert job["result"] is None
@@ -231,6 +233,20 @@ def test_running_job_shows_progress(world: World) -> None:
     assert view["attempt"] == 1
     assert view["estimated_finish"] >= view["started_at"]
     assert view["queue"]["position"] is None
+
+
+def test_the_estimate_is_what_the_search_has_promised_last(world: World) -> None:
+    study_id = running_search(world, world.dataset())
+    job = f"/v1/fine_tuning/jobs/{world.get(f'/v1/studies/{study_id}').json()['job_id']}"
+    assert world.get(job).json()["estimate"] is None
+    for at, p50, p90 in (("start", 310.5, 340.0), ("screened", 290.0, 300.25)):
+        with world.database.transaction() as session:
+            searches = SearchRepository(session)
+            quote = {"at": at, "p50": p50, "p90": p90, "spent": 1.0}
+            searches.quote(searches.lock(study_id), quote, "It will take a while.")
+        assert world.get(job).json()["estimate"] == {
+            "at": at, "gpu_seconds": p50, "gpu_seconds_p90": p90
+        }  # fmt: skip
 
 
 # ------------------------------------------------------------ cancel, events
