@@ -1,8 +1,11 @@
-"""What endpoints ask for: settings, database, queue, the caller, a page, how long to wait."""
+"""What endpoints ask for: settings, database, queue, the caller, a page, how long to wait.
+
+What does not wait for anything is `async`: FastAPI takes a thread for each other one.
+"""
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -59,19 +62,19 @@ class Caller:
             )
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     """Return the settings that the application was made with."""
     settings: Settings = request.app.state.settings
     return settings
 
 
-def get_database(request: Request) -> Database:
+async def get_database(request: Request) -> Database:
     """Return the database of the application."""
     database: Database = request.app.state.database
     return database
 
 
-def get_queue(request: Request) -> CeleryQueue:
+async def get_queue(request: Request) -> CeleryQueue:
     """Return the queue of the application."""
     queue: CeleryQueue = request.app.state.queue
     return queue
@@ -118,13 +121,13 @@ def authenticate(
     return Caller(key.owner_id, key.id, frozenset(key.scopes))
 
 
-def requires(scope: Scope | None) -> Callable[[Request, Caller], Caller]:
+def requires(scope: Scope | None) -> Callable[[Request, Caller], Awaitable[Caller]]:
     """Return a dependency: a caller with the scope, and a request that says nothing unknown.
 
     None: any scope will do.
     """
 
-    def check(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
+    async def check(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> Caller:
         if scope is not None:
             caller.must(scope)
         refuse_unknown_query(request)
@@ -200,7 +203,7 @@ IfMatch = Annotated[
 ]
 
 
-def page_query(
+async def page_query(
     limit: Annotated[int, Query(ge=1, le=100, description="objects on a page")] = 20,
     after: Annotated[
         str | None, Query(pattern=ID_PATTERN, description="id before the page")
@@ -231,7 +234,7 @@ class Lister:
         return page
 
 
-def lister(request: Request, response: Response) -> Lister:
+async def lister(request: Request, response: Response) -> Lister:
     """Return what makes the answer of an endpoint that lists."""
     return Lister(request, response)
 
@@ -251,7 +254,7 @@ class Patience:
         return {"Preference-Applied": f"wait={self.seconds:g}"} if self.preferred else {}
 
 
-def patience(
+async def patience(
     settings: Config,
     prefer: Annotated[
         str | None, Header(description="`wait=n`: answer when it is done, within n seconds")

@@ -72,7 +72,7 @@ class EventQuery:
     resumed: bool
 
 
-def event_query(
+async def event_query(
     request: Request,
     limit: EventLimit = 20,
     after: EventCursor = None,
@@ -164,7 +164,7 @@ class EventReader:
         return self.lists.page(events, [event.id for event in events], has_more=len(rows) > limit)
 
 
-def event_reader(
+async def event_reader(
     request: Request,
     database: Db,
     settings: Config,

@@ -15,7 +15,7 @@ _MAX_LABEL = 512
 UnixTime = Annotated[int | None, Query(ge=0, lt=2**40)]
 
 
-def job_filter(
+async def job_filter(
     request: Request,
     status: JobStatus | None = None,
     dataset_id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
@@ -51,7 +51,7 @@ def job_filter(
 Filter = Annotated[JobFilter, Depends(job_filter)]
 
 
-def any_job_filter(
+async def any_job_filter(
     shared: Filter,
     kind: JobKind | None = None,
     parent: Annotated[

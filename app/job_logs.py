@@ -46,7 +46,7 @@ class LogQuery:
     form: Literal["text", "jsonl"]
 
 
-def log_query(
+async def log_query(
     attempt: Annotated[
         int | None, Query(ge=1, lt=2**31, description="counts from 1; default: the last one")
     ] = None,

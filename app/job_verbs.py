@@ -127,7 +127,7 @@ class JobVerbs:
             yield session, job
 
 
-def job_verbs(database: Db, queue: Queue, if_match: IfMatch = None) -> JobVerbs:
+async def job_verbs(database: Db, queue: Queue, if_match: IfMatch = None) -> JobVerbs:
     """Return what does things to jobs."""
     return JobVerbs(database, queue, if_match)
 

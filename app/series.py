@@ -39,7 +39,7 @@ class SeriesQuery:
         return [found[last * place // gaps] for place in range(self.max_points)]
 
 
-def series_query(
+async def series_query(
     scope: Annotated[
         str,
         Query(

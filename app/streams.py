@@ -189,7 +189,7 @@ class Followers:
             return found, new_events(session, behind, limit=_EVENTS_AT_ONCE)
 
 
-def get_followers(request: Request) -> Followers:
+async def get_followers(request: Request) -> Followers:
     """Return the followers of this process."""
     followers: Followers = request.app.state.followers
     return followers

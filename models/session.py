@@ -1,6 +1,7 @@
 """Engine and transactions; the only place that commits."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     InterfaceError,
+    InvalidatePoolError,
     OperationalError,
     StatementError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from core.errors import StorageFull, Unavailable
 
@@ -30,16 +32,22 @@ _SQLITE_AWAY = frozenset(
 )
 _POSTGRES_DISK_FULL = "53100"
 _POSTGRES_NO_TABLE = "42P01"
+# A server that went away meanwhile is noticed before it is asked; asking each time costs a round
+# trip for each request.
+_PING_IDLE_S = 1.0
+_LEFT_AT = "kdpo.left_at"
 
 
 def make_engine(url: str, *, pool_size: int = 10) -> Engine:
     """Create the engine; SQLite in WAL mode with BEGIN IMMEDIATE, so that no update is lost."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(
-            parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True,
-            pool_recycle=1800, hide_parameters=True,
+        engine = create_engine(
+            parsed, pool_size=pool_size, max_overflow=pool_size, pool_recycle=1800,
+            hide_parameters=True,
         )  # fmt: skip
+        _ping_idle_connections(engine)
+        return engine
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
@@ -49,6 +57,28 @@ def make_engine(url: str, *, pool_size: int = 10) -> Engine:
     event.listen(engine, "connect", sqlite_connect)
     event.listen(engine, "begin", sqlite_begin)
     return engine
+
+
+def _ping_idle_connections(engine: Engine) -> None:
+    """Ask connections that have lain in the pool for a while whether they are alive."""
+
+    def left(_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        entry.info[_LEFT_AT] = time.monotonic()
+
+    def taken(
+        connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+    ) -> None:
+        left_at = entry.info.get(_LEFT_AT)
+        if left_at is None or time.monotonic() - left_at < _PING_IDLE_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            # The pool then makes new connections in the place of all that are older.
+            raise InvalidatePoolError("a connection that lay idle is dead") from error
+
+    event.listen(engine, "checkin", left)
+    event.listen(engine, "checkout", taken)
 
 
 def sqlite_connect(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
@@ -78,6 +108,10 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
         self.engine = make_engine(url, pool_size=pool_size)
         self._reader = self.engine.execution_options(read_only=True)
+        if self.engine.dialect.name != "sqlite":
+            # Statements see what was committed before each of them, as in a transaction at READ
+            # COMMITTED, and those of BEGIN and ROLLBACK are saved.
+            self._reader = self._reader.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -93,7 +127,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """Give a transaction that only reads; objects stay usable after the block."""
+        """Give a session that only reads; objects stay usable after the block."""
         with self._translated(), Session(self._reader, expire_on_commit=False) as session:
             yield session
             session.expunge_all()

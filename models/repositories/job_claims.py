@@ -1,10 +1,12 @@
 """Which job a worker gets: owners take turns, and within an owner priority and age decide."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Row, Subquery, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import Row, Select, Subquery, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from core.lifecycle import JobKind, JobStatus
@@ -66,51 +68,41 @@ class JobClaims(JobMoves):
         return Claim(Fence(row.id, row.attempt), row.owner_id, row.kind)
 
     def queue_position(self, job: Job) -> int | None:
-        """Return how many jobs are taken before a queued one if all owners may go on.
+        """Return how many jobs are taken before a queued one if all owners may go on."""
+        return self.queue_positions([job]).get(job.id)
+
+    def queue_positions(self, jobs: Sequence[Job]) -> dict[str, int]:
+        """Return of each queued one of the jobs how many are taken before it.
 
         Its owner's jobs before it, and of each other owner as many as that owner has turns until
         then: one for each of those, and one more for an owner whose turn is before this one's.
         """
-        if job.status is not JobStatus.QUEUED:
-            return None
-        due = or_(Job.run_after <= db_now(), Job.run_after <= job.run_after)
-        queued = (Job.queue == job.queue, Job.status == _literal(JobStatus.QUEUED), due)
-        own = select(func.count()).where(
-            *queued,
-            Job.owner_id == job.owner_id,
-            or_(
-                Job.priority > job.priority,
-                and_(
-                    Job.priority == job.priority,
-                    or_(
-                        Job.created_at < job.created_at,
-                        and_(Job.created_at == job.created_at, Job.id < job.id),
-                    ),
-                ),
-            ),
-        )
-        ahead: int = self._session.execute(own).scalar_one()
-        waiting = (
-            select(Job.owner_id, func.count().label("jobs"))
-            .where(*queued, Job.owner_id != job.owner_id)
-            .group_by(Job.owner_id)
-            .subquery()
-        )
-        mine = _served_at(job.owner_id, job.queue)
-        others = select(
-            waiting.c.jobs,
-            case(
-                (func.coalesce(QueueTurn.served_at, 0.0) < mine, 1),
-                (func.coalesce(QueueTurn.served_at, 0.0) > mine, 0),
-                (waiting.c.owner_id < job.owner_id, 1),
-                else_=0,
-            ).label("first"),
-        ).outerjoin(
-            QueueTurn,
-            and_(QueueTurn.owner_id == waiting.c.owner_id, QueueTurn.queue == job.queue),
-        )
-        rows = self._session.execute(others).all()
-        return ahead + sum(min(int(row.jobs), ahead + int(row.first)) for row in rows)
+        queued = {job.id: job for job in jobs if job.status is JobStatus.QUEUED}
+        if not queued:
+            return {}
+        found: dict[str, int] = {}
+        turns: dict[tuple[str, QueueName, float], list[tuple[int, int]]] = {}
+        for job_id, ahead, delay in self._own_before(list(queued)):
+            job = queued[job_id]
+            # Those that are due have the same jobs of other owners before them.
+            run_after = 0.0 if delay <= 0.0 else job.run_after
+            key = (job.owner_id, job.queue, run_after)
+            if key not in turns:
+                turns[key] = self._others_waiting(*key)
+            found[job_id] = ahead + sum(min(jobs, ahead + first) for jobs, first in turns[key])
+        return found
+
+    def _own_before(self, job_ids: list[str]) -> list[tuple[str, int, float]]:
+        """Return of each job how many its owner has before it, and seconds until it is due."""
+        rows = self._session.execute(_own_before(), {"job_ids": job_ids})
+        return [(row[0], int(row[1]), float(row[2])) for row in rows]
+
+    def _others_waiting(
+        self, owner_id: str, queue: QueueName, run_after: float
+    ) -> list[tuple[int, int]]:
+        """Return how many jobs each other owner has waiting, and 1 where its turn is before."""
+        told = {"owner_id": owner_id, "queue": queue, "run_after": run_after}
+        return [(int(row[0]), int(row[1])) for row in self._session.execute(_others(), told)]
 
     def _may_work(self, worker_id: str, quarantine_s: float) -> bool:
         """Whether the worker may get a job."""
@@ -216,12 +208,72 @@ class JobClaims(JobMoves):
         return bool(self._session.execute(runs).scalar_one() <= limit)
 
 
+# The two statements behind a queue position are asked with every poll of a queued job; to put one
+# together takes longer than to run it.
+
+
+@cache
+def _own_before() -> Select[str, int, float]:
+    """Of each of `job_ids`: how many its owner has before it, and seconds until it is due."""
+    me = aliased(Job)
+    before = (
+        select(func.count())
+        .where(
+            Job.owner_id == me.owner_id,
+            Job.queue == me.queue,
+            Job.status == _literal(JobStatus.QUEUED),
+            or_(Job.run_after <= db_now(), Job.run_after <= me.run_after),
+            or_(
+                Job.priority > me.priority,
+                and_(
+                    Job.priority == me.priority,
+                    or_(
+                        Job.created_at < me.created_at,
+                        and_(Job.created_at == me.created_at, Job.id < me.id),
+                    ),
+                ),
+            ),
+        )
+        .correlate(me)
+        .scalar_subquery()
+    )
+    named = me.id.in_(bindparam("job_ids", expanding=True))
+    return select(me.id, before, me.run_after - db_now()).where(named)
+
+
+@cache
+def _others() -> Select[int, int]:
+    """Jobs of other owners than `owner_id` due until `run_after`, and whose turn is before."""
+    owner_id = bindparam("owner_id", type_=Job.owner_id.type)
+    queue = bindparam("queue", type_=Job.queue.type)
+    waiting = (
+        select(Job.owner_id, func.count().label("jobs"))
+        .where(
+            Job.queue == queue,
+            Job.status == _literal(JobStatus.QUEUED),
+            or_(Job.run_after <= db_now(), Job.run_after <= bindparam("run_after")),
+            Job.owner_id != owner_id,
+        )
+        .group_by(Job.owner_id)
+        .subquery()
+    )
+    mine = _served_at(owner_id, queue)
+    first = case(
+        (func.coalesce(QueueTurn.served_at, 0.0) < mine, 1),
+        (func.coalesce(QueueTurn.served_at, 0.0) > mine, 0),
+        (waiting.c.owner_id < owner_id, 1),
+        else_=0,
+    )
+    its_turn = and_(QueueTurn.owner_id == waiting.c.owner_id, QueueTurn.queue == queue)
+    return select(waiting.c.jobs, first).outerjoin(QueueTurn, its_turn)
+
+
 def _literal(status: JobStatus) -> Any:
     """Return the status as text in the statement: only then partial indexes are used."""
     return bindparam(None, status, type_=EnumText(JobStatus), literal_execute=True)
 
 
-def _served_at(owner_id: Any, queue: QueueName) -> Any:
+def _served_at(owner_id: Any, queue: Any) -> Any:
     """Return when the queue served an owner last, as SQL; 0 when it never did."""
     turn = aliased(QueueTurn)
     served = select(turn.served_at).where(turn.owner_id == owner_id, turn.queue == queue)

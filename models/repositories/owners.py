@@ -1,6 +1,6 @@
 """Owners and API keys."""
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -8,6 +8,13 @@ from core.ids import IdPrefix, new_id
 from models.owner import ApiKey, Owner
 from models.repositories.paging import Page, PageQuery, fetch_page
 from models.types import db_now
+
+# Asked with every request: it is put together once.
+_USABLE_KEY = select(ApiKey).where(
+    ApiKey.secret_sha256 == bindparam("secret_sha256"),
+    ApiKey.revoked_at.is_(None),
+    or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > db_now()),
+)
 
 
 class OwnerRepository:
@@ -62,12 +69,8 @@ class OwnerRepository:
 
     def find_usable_key(self, secret_sha256: str) -> ApiKey | None:
         """Return the key with that hash unless it is revoked or has expired."""
-        statement = select(ApiKey).where(
-            ApiKey.secret_sha256 == secret_sha256,
-            ApiKey.revoked_at.is_(None),
-            or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > db_now()),
-        )
-        return self._session.execute(statement).scalar_one_or_none()
+        told = {"secret_sha256": secret_sha256}
+        return self._session.execute(_USABLE_KEY, told).scalar_one_or_none()
 
     def find(self, name: str) -> Owner | None:
         """Return the owner of that name."""
