@@ -2,16 +2,14 @@
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import BaseModel
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.deps import Caller, Config, Db
+from app.job_views import JobViewer, queue_place
 from app.responses import etag_matches
 from app.streams import Followers, Follows
 from core.errors import Changed, InvalidInput
@@ -73,7 +71,7 @@ class Waiting:
     version: int | None
 
 
-def waiting(
+async def waiting(
     settings: Config,
     wait: Annotated[
         float | None,
@@ -112,7 +110,7 @@ class JobReader:
         self,
         caller: Caller,
         job_id: str,
-        view: Callable[[Session, Job], BaseModel],
+        view: JobViewer,
         *,
         kind: JobKind | None = None,
     ) -> Response:
@@ -149,21 +147,21 @@ class JobReader:
         self,
         owner_id: str,
         job_id: str,
-        view: Callable[[Session, Job], BaseModel],
+        view: JobViewer,
         kind: JobKind | None,
     ) -> Response:
         with self.database.reading() as session:
-            jobs = JobRepository(session)
-            job = jobs.get(owner_id, job_id, kind=kind)
-            etag = job_etag(job, ahead=jobs.queue_position(job))
+            job = JobRepository(session).get(owner_id, job_id, kind=kind)
+            place = queue_place(session, job)
+            etag = job_etag(job, ahead=None if place.position is None else place.ahead)
             headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
             if etag_matches(self.request.headers.get("if-none-match"), etag):
                 return Response(status_code=304, headers=headers)
-            content = view(session, job).model_dump_json()
+            content = view(session, job, place=place).model_dump_json()
         return Response(content=content, media_type="application/json", headers=headers)
 
 
-def job_reader(
+async def job_reader(
     request: Request,
     database: Db,
     followers: Follows,

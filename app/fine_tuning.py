@@ -22,7 +22,13 @@ from app.deps import (
 from app.events import EVENT_RESPONSES, Events
 from app.filters import Filter
 from app.job_verbs import CancelOptions, NoOptions, Verbs
-from app.job_views import EventView, FineTuningJob, MetricsView, fine_tuning_job
+from app.job_views import (
+    EventView,
+    FineTuningJob,
+    MetricsView,
+    fine_tuning_job,
+    fine_tuning_jobs,
+)
 from app.jobs import JobId, read_metrics
 from app.queue import CeleryQueue, relay_now
 from app.responses import ListOf
@@ -219,7 +225,7 @@ def list_fine_tuning_jobs(
     where = replace(where, kind=JobKind.TRAINING)
     with database.reading() as session:
         page = JobRepository(session).page(caller.owner_id, query, where)
-        jobs = [fine_tuning_job(session, job) for job in page.rows]
+        jobs = fine_tuning_jobs(session, page.rows)
     return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 

@@ -1,7 +1,8 @@
 """What a job looks like from outside: one form for all kinds, OpenAI's for fine-tuning."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 from sqlalchemy.orm import Session
@@ -10,9 +11,9 @@ from app.responses import Schema, unix
 from core.lifecycle import EventType, JobKind, JobStatus, Phase, StepStatus
 from core.methods import Method
 from core.results import TrainingResult
-from models.experiment import MetricPoint, StudyRow
+from models.experiment import MetricPoint
 from models.job import Event, Job, JobStep
-from models.repositories.experiments import ExperimentRepository
+from models.repositories.experiments import ExperimentRepository, Made
 from models.repositories.jobs import JobRepository
 from models.repositories.steps import StepRepository
 
@@ -172,20 +173,63 @@ class MetricsView(Schema):
     data: list[MetricView]
 
 
-def any_job(session: Session, job: Job) -> AnyJob:
+@dataclass(frozen=True)
+class _Beside:
+    """What the view of a job shows that is not in the job's own row."""
+
+    place: QueuePlace
+    steps: Sequence[JobStep]
+
+
+class JobViewer(Protocol):
+    """Makes a view of a job; where it stands in its queue need not be asked for twice."""
+
+    def __call__(
+        self, session: Session, job: Job, /, *, place: QueuePlace | None = None
+    ) -> JobView:
+        """Return the view."""
+
+
+def queue_place(session: Session, job: Job) -> QueuePlace:
+    """Return where a job stands in its queue."""
+    return _place(JobRepository(session).queue_position(job))
+
+
+def any_job(session: Session, job: Job, /, *, place: QueuePlace | None = None) -> AnyJob:
     """Return the view of a job of any kind."""
-    return AnyJob(**_common(session, job), result=job.result)
+    return _any_job(job, _beside(session, [job], place)[job.id])
 
 
-def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
+def any_jobs(session: Session, jobs: Sequence[Job]) -> list[AnyJob]:
+    """Return the views of jobs of any kind, with as many queries as for one."""
+    beside = _beside(session, jobs)
+    return [_any_job(job, beside[job.id]) for job in jobs]
+
+
+def fine_tuning_job(
+    session: Session, job: Job, /, *, place: QueuePlace | None = None
+) -> FineTuningJob:
     """Return the view of a training job."""
-    experiments = ExperimentRepository(session)
-    study = experiments.study_of(job.id)
-    recommendation = experiments.recommendation_of(job.id)
+    made = ExperimentRepository(session).made_by([job.id]).get(job.id, Made())
+    return _fine_tuning_job(job, _beside(session, [job], place)[job.id], made)
+
+
+def fine_tuning_jobs(session: Session, jobs: Sequence[Job]) -> list[FineTuningJob]:
+    """Return the views of training jobs, with as many queries as for one."""
+    beside = _beside(session, jobs)
+    made = ExperimentRepository(session).made_by([job.id for job in jobs])
+    return [_fine_tuning_job(job, beside[job.id], made.get(job.id, Made())) for job in jobs]
+
+
+def _any_job(job: Job, beside: _Beside) -> AnyJob:
+    return AnyJob(**_common(job, beside), result=job.result)
+
+
+def _fine_tuning_job(job: Job, beside: _Beside, made: Made) -> FineTuningJob:
     succeeded = job.status is JobStatus.SUCCEEDED and job.result is not None
     result = TrainingResult.model_validate(job.result) if succeeded else None
     is_draft = job.status is JobStatus.DRAFT
-    shown = _common(session, job)
+    shown = _common(job, beside)
     if is_draft:
         shown["status"] = JobStatus.QUEUED  # OpenAI's clients know no drafts
     return FineTuningJob(
@@ -196,19 +240,17 @@ def fine_tuning_job(session: Session, job: Job) -> FineTuningJob:
         method=job.spec["method"],
         suffix=job.spec.get("suffix"),
         fine_tuned_model=None if result is None else result.run.checkpoint_id,
-        recommendation_id=job.spec.get("recommendation_id")
-        if recommendation is None
-        else recommendation.id,
-        study_id=None if study is None else study.id,
-        estimate=None if study is None else _estimate(study),
+        recommendation_id=made.recommendation_id or job.spec.get("recommendation_id"),
+        study_id=made.study_id,
+        estimate=_estimate(made.quotes),
         result=result,
     )
 
 
-def _estimate(study: StudyRow) -> JobEstimate | None:
-    if not study.quotes:
+def _estimate(quotes: Sequence[Mapping[str, Any]]) -> JobEstimate | None:
+    if not quotes:
         return None
-    last = study.quotes[-1]
+    last = quotes[-1]
     return JobEstimate(at=last["at"], gpu_seconds=last["p50"], gpu_seconds_p90=last["p90"])
 
 
@@ -252,10 +294,22 @@ def progress_view(job: Job) -> Progress | None:
     return progress
 
 
-def _common(session: Session, job: Job) -> dict[str, Any]:
+def _beside(
+    session: Session, jobs: Sequence[Job], place: QueuePlace | None = None
+) -> dict[str, _Beside]:
+    """Read what is beside the jobs' rows; `place` is known of one of them alone."""
+    steps = StepRepository(session).of_jobs([job.id for job in jobs])
+    ahead = {} if place is not None else JobRepository(session).queue_positions(jobs)
+    return {job.id: _Beside(place or _place(ahead.get(job.id)), steps[job.id]) for job in jobs}
+
+
+def _place(ahead: int | None) -> QueuePlace:
+    return QueuePlace(position=None if ahead is None else ahead + 1, ahead=ahead or 0)
+
+
+def _common(job: Job, beside: _Beside) -> dict[str, Any]:
     """Return the members that every kind of job has."""
     ended = job.status.is_terminal
-    ahead = JobRepository(session).queue_position(job)
     progress = progress_view(job)
     finish = None
     if job.status is JobStatus.RUNNING and progress is not None and progress.eta_seconds:
@@ -275,8 +329,8 @@ def _common(session: Session, job: Job) -> dict[str, Any]:
         "heartbeat_at": unix(job.heartbeat_at),
         "version": job.version,
         "progress": progress,
-        "queue": QueuePlace(position=None if ahead is None else ahead + 1, ahead=ahead or 0),
-        "steps": [_step(step) for step in StepRepository(session).of_job(job.id)],
+        "queue": beside.place,
+        "steps": [_step(step) for step in beside.steps],
         "dataset_id": job.dataset_id,
         "model": job.model,
         "seed": job.seed,

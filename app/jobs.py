@@ -24,6 +24,7 @@ from app.job_views import (
     EventView,
     MetricsView,
     any_job,
+    any_jobs,
     metrics_view,
 )
 from app.responses import ListOf, json_response
@@ -45,7 +46,7 @@ def list_jobs(
     """List jobs of all kinds, newest first."""
     with database.reading() as session:
         page = JobRepository(session).page(caller.owner_id, query, where)
-        jobs = [any_job(session, job) for job in page.rows]
+        jobs = any_jobs(session, page.rows)
     return lists.page(jobs, [job.id for job in jobs], has_more=page.has_more)
 
 

@@ -1,8 +1,10 @@
 """Recommendations, studies, trials, metric points, resume points and checkpoints."""
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import BindParameter, CompoundSelect, bindparam, delete, null, select, union_all
 from sqlalchemy.orm import Session
 
 from core.errors import NotFound
@@ -20,6 +22,26 @@ from models.job import Job
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.paging import Page, PageQuery, fetch_page
+
+_NAMED: BindParameter[str] = bindparam("job_ids", expanding=True)
+# Asked with every poll of a job: it is put together once.
+_MADE: CompoundSelect[str, str | None, Any, str | None] = union_all(
+    select(StudyRow.job_id, StudyRow.id, StudyRow.quotes, null()).where(
+        StudyRow.job_id.in_(_NAMED)
+    ),
+    select(RecommendationRow.job_id, null(), null(), RecommendationRow.id).where(
+        RecommendationRow.job_id.in_(_NAMED)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a job has made besides checkpoints; `quotes` are those of its study."""
+
+    study_id: str | None = None
+    quotes: Sequence[Mapping[str, Any]] = ()
+    recommendation_id: str | None = None
 
 
 class ExperimentRepository:
@@ -82,6 +104,18 @@ class ExperimentRepository:
         """Return the job's study, if it has one."""
         statement = select(StudyRow).where(StudyRow.job_id == job_id)
         return self._session.execute(statement).scalar_one_or_none()
+
+    def made_by(self, job_ids: Collection[str]) -> dict[str, Made]:
+        """Return what the jobs have made, of those that have made something."""
+        found: dict[str, Made] = {}
+        rows = self._session.execute(_MADE, {"job_ids": list(job_ids)})
+        for job_id, study_id, quotes, recommendation_id in rows:
+            known = found.get(job_id, Made())
+            if study_id is None:
+                found[job_id] = replace(known, recommendation_id=recommendation_id)
+            else:
+                found[job_id] = replace(known, study_id=study_id, quotes=quotes)
+        return found
 
     def study(self, owner_id: str, study_id: str) -> StudyRow:
         """Return the owner's study.

@@ -1,8 +1,9 @@
 """Steps of a job: what succeeded is remembered and never done again."""
 
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from core.lifecycle import EventType, StepStatus
@@ -10,6 +11,13 @@ from models.job import JobStep
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.types import db_now
+
+# Asked with every poll of a job: it is put together once.
+_OF_JOBS = (
+    select(JobStep)
+    .where(JobStep.job_id.in_(bindparam("job_ids", expanding=True)))
+    .order_by(JobStep.position)
+)
 
 
 class StepRepository:
@@ -35,6 +43,13 @@ class StepRepository:
         """Return the steps in order."""
         statement = select(JobStep).where(JobStep.job_id == job_id).order_by(JobStep.position)
         return list(self._session.execute(statement).scalars())
+
+    def of_jobs(self, job_ids: Collection[str]) -> dict[str, list[JobStep]]:
+        """Return the steps of many jobs, those of each in order."""
+        found: dict[str, list[JobStep]] = {job_id: [] for job_id in job_ids}
+        for step in self._session.execute(_OF_JOBS, {"job_ids": list(job_ids)}).scalars():
+            found[step.job_id].append(step)
+        return found
 
     def start(self, fence: Fence, name: str) -> None:
         """Mark a step as running."""
