@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.dependencies.utils import get_flat_params
@@ -20,7 +21,7 @@ from app.limits import note_caller, spend
 from app.queue import CeleryQueue
 from app.responses import ListOf, list_of, next_page
 from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
-from core.settings import Settings
+from core.settings import LOOPBACK_HOSTS, Settings
 from models.repositories.owners import OwnerRepository
 from models.repositories.paging import PageQuery
 from models.session import Database
@@ -96,8 +97,10 @@ def authenticate(
     Raises:
         Unauthenticated: there is no key, or it is unknown, revoked or expired.
         TooManyRequests: the key has asked too often.
+        NotPermitted: keys are off, and a web page of somebody else asks.
     """
     if not settings.auth.required:
+        refuse_foreign_pages(request, settings)
         owner_id: str = request.app.state.default_owner_id
         note_caller(request, owner_id=owner_id, key_id=None)
         return Caller(owner_id, owner_id, frozenset({Scope.ADMIN}))
@@ -119,6 +122,27 @@ def authenticate(
         with database.transaction() as session:
             OwnerRepository(session).touch_key(key.id, older_than_s=TOUCH_EVERY_S)
     return Caller(key.owner_id, key.id, frozenset(key.scopes))
+
+
+def refuse_foreign_pages(request: Request, settings: Settings) -> None:
+    """Refuse what a browser of this machine sends for a page of somebody else.
+
+    Without keys only the address protects the server, and a browser reaches it: by a form, or by a
+    name of the page's own that is made to point here (DNS rebinding).
+
+    Raises:
+        NotPermitted: code `foreign_origin`: the host is not this machine, or the page another one.
+    """
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    public = urlsplit(settings.api.public_url or "").hostname
+    site = request.headers.get("sec-fetch-site", "none")
+    if host not in {*LOOPBACK_HOSTS, public} or site not in ("none", "same-origin"):
+        raise NotPermitted(
+            f"this server asks for no keys and serves programs of its machine only; received the "
+            f"host {host!r}, from a page {site}",
+            code="foreign_origin",
+            hint="use http://127.0.0.1, set KDPO_API__PUBLIC_URL, or KDPO_AUTH__REQUIRED=true",
+        )
 
 
 def requires(scope: Scope | None) -> Callable[[Request, Caller], Awaitable[Caller]]:

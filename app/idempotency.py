@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.deps import refuse_foreign_pages
 from app.errors import kdpo_problem, problem_response
 from app.exchange_bodies import Answer, Body
 from app.keys import hash_key
@@ -284,10 +285,12 @@ def _caller_id(request: Request) -> str | None:
 
     Raises:
         TooManyRequests: the key has asked too often.
+        NotPermitted: keys are off, and a web page of somebody else asks.
     """
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
     if not settings.auth.required:
+        refuse_foreign_pages(request, settings)
         return str(request.app.state.default_owner_id)
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":

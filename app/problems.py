@@ -41,6 +41,8 @@ EXPLANATIONS = {
     "encrypted_archive": "A file in the archive is encrypted. Pack it again without a password.",
     "file_not_dataset": "No dataset is made of files of this purpose. Upload it with fine-tune.",
     "file_too_large": "The file is larger than this server takes.",
+    "foreign_origin": "This server asks for no keys, and the request came under a name that is not "
+    "this machine's, or from a web page of somebody else.",
     "http_error": "The request does not follow HTTP; the detail says how.",
     "idempotency_key_reused": "The `Idempotency-Key` was sent before with another body. Make a new "
     "key for each new request.",

@@ -167,6 +167,7 @@ def add_key(
     owner: str,
     scopes: list[Scope],
     expires: float | None = None,
+    requests_per_minute: int | None = None,
 ) -> AddedKey:
     """Make a key; its secret is kept nowhere."""
     key = make_key(settings.environment)
@@ -179,6 +180,7 @@ def add_key(
             secret_sha256=key.sha256,
             scopes=[scope.value for scope in scopes],
             expires_at=expires,
+            requests_per_minute=requests_per_minute,
         )
         return AddedKey(row.id, key.secret)
 
@@ -193,6 +195,7 @@ class KeyRow:
     scopes: list[str]
     last_used_at: float | None
     expires_at: float | None
+    requests_per_minute: int | None
     state: str
 
 
@@ -203,7 +206,7 @@ def key_rows(settings: Settings) -> list[KeyRow]:
     return [
         KeyRow(
             row.id, row.prefix, row.name, list(row.scopes), row.last_used_at, row.expires_at,
-            _state(row.revoked_at, row.expires_at),
+            row.requests_per_minute, _state(row.revoked_at, row.expires_at),
         )
         for row in rows
         if row.revoked_at is None or row.name != COMMAND_KEY

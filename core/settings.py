@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.hosts import parse_host_rule
 
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 MIB = 1024 * 1024
 
 
@@ -290,7 +291,7 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"mode `full` needs {' and '.join(missing)}; set them, or use mode `embedded`"
                 )
-        if not self.auth.required and self.api.host not in ("127.0.0.1", "localhost", "::1"):
+        if not self.auth.required and self.api.host not in LOOPBACK_HOSTS:
             raise ValueError(
                 f"auth is off and api.host is {self.api.host!r}: refusing to listen beyond "
                 "loopback without API keys; set KDPO_AUTH__REQUIRED=true"

@@ -24,6 +24,10 @@ def create_key(
         list[Scope] | None, typer.Option("--scope", help="May be given again; default: all.")
     ] = None,
     expires_days: Annotated[float | None, typer.Option("--expires-days", min=0.001)] = None,
+    rate: Annotated[
+        int | None,
+        typer.Option("--requests-per-minute", min=1, help="Default: as many as all keys."),
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -34,8 +38,9 @@ def create_key(
     expires = None if expires_days is None else time.time() + expires_days * 86400
     with serving.told_faults(), serving.open_database(settings) as database:
         made = serving.add_key(
-            database, settings, name=name, owner=owner, scopes=scope or list(Scope), expires=expires
-        )
+            database, settings, name=name, owner=owner, scopes=scope or list(Scope),
+            expires=expires, requests_per_minute=rate,
+        )  # fmt: skip
     if as_json:
         print_json({"id": made.id, "key": made.secret, "name": name, "owner": owner})
     else:

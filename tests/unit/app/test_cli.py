@@ -156,9 +156,10 @@ def test_doctor_of_wrong_settings(kdpo: Kdpo, monkeypatch: pytest.MonkeyPatch) -
 
 def test_versions_and_keys_as_json(kdpo: Kdpo) -> None:
     assert set(json.loads(kdpo("version", "--json").stdout)) == {"version", "python"}
-    made = json.loads(kdpo("keys", "create", "--json").stdout)
+    made = json.loads(kdpo("keys", "create", "--requests-per-minute", "30", "--json").stdout)
     assert re.fullmatch(r"dk-live-[0-9A-Za-z]{22}", made["key"])
     (listed,) = json.loads(kdpo("keys", "list", "--json").stdout)
+    assert listed["requests_per_minute"] == 30
     assert (listed["id"], listed["state"]) == (made["id"], "usable")
     assert json.loads(kdpo("keys", "revoke", made["id"], "--json").stdout)["state"] == "revoked"
     assert json.loads(kdpo("migrate", "--json").stdout) == {"status": "newest"}
