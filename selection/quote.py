@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from core.errors import InvalidInput
+from core.lifecycle import EndedBy
 from selection.draws import RECOMMENDED, Setting
 from selection.study import (
     Arm,
@@ -69,6 +70,10 @@ class Costs:
         """Of one task."""
         return self.seconds(task.trial.arm, start=task.start, stop=self.plan.rungs[task.rung])
 
+    def scoring(self, arm: str) -> float:
+        """Of scoring an arm at a rung."""
+        return self.seconds(arm, start=0, stop=0)
+
     def limit(self, expected: float) -> float:
         """What a task may cost at most before it has to stop: its 97.5 % quantile."""
         return expected * math.exp(1.96 * self.spread)
@@ -81,14 +86,22 @@ def _planned(plan: Plan, arm: str, steps: int) -> float:
 def costs_of(plan: Plan, study: Study) -> Costs:
     """What the study's own timings make of the plan's figures.
 
-    Ratios are sums over sums; an arm's own counts n / (n + 2) after n tasks. Tasks that were cut
-    or failed were not whole and count nothing.
+    Ratios are sums over sums; an arm's own counts n / (n + 2) after n tasks. Tasks that failed were
+    not whole and count nothing, and so do those that were cut, unless they had taken longer by then
+    than the whole ones say: then they count as if they had ended there.
     """
-    whole = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
+    known = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
+    cut = sorted((e for e in study.ended if e.ended_by is EndedBy.PRUNER), key=lambda e: e.task.key)
+
+    def planned_of(ended: Ended) -> float:
+        return _planned(plan, ended.task.trial.arm, _steps(plan, ended.task))
+
+    ratio = _ratio(known, [planned_of(ended) for ended in known])
+    whole = known + [ended for ended in cut if ended.seconds > ratio * planned_of(ended)]
     if not whole:
         return Costs(plan, 1.0, {}, _UNTIMED_SPREAD)
-    planned = [_planned(plan, e.task.trial.arm, _steps(plan, e.task)) for e in whole]
-    ratio = math.fsum(e.seconds for e in whole) / math.fsum(planned)
+    planned = [planned_of(ended) for ended in whole]
+    ratio = _ratio(whole, planned)
     sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for ended, expected in zip(whole, planned, strict=True):
         sums[ended.task.trial.arm].append((ended.seconds, expected))
@@ -97,6 +110,10 @@ def costs_of(plan: Plan, study: Study) -> Costs:
         own = math.fsum(s for s, _ in pairs) / math.fsum(e for _, e in pairs)
         by_arm[name] = (len(pairs) * own + _TRUST * ratio) / (len(pairs) + _TRUST)
     return Costs(plan, ratio, by_arm, _spread(whole, planned, ratio))
+
+
+def _ratio(whole: Sequence[Ended], planned: Sequence[float]) -> float:
+    return math.fsum(e.seconds for e in whole) / math.fsum(planned) if whole else 1.0
 
 
 def _steps(plan: Plan, task: Task) -> int:

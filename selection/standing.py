@@ -129,6 +129,7 @@ class Standing:
             candidate=candidate_of(plan, task.trial),
             stop=plan.rungs[task.rung],
             expected_seconds=expected,
+            score_seconds=self.costs.scoring(task.trial.arm),
             limit_seconds=limit,
             reason=reason,
         )
@@ -137,9 +138,11 @@ class Standing:
         """What a task may cost at most: a multiple of what is expected while there is room.
 
         A task that is cut is paid for nothing, and a busy machine is no fault of the trial; so the
-        limit is close only where the budget leaves no other.
+        limit is close only where the budget leaves no other. Before any task is timed nobody knows
+        what is long.
         """
-        return min(room, max(self.costs.limit(expected), min(_PATIENCE * expected, room / 2)))
+        patience = min(_PATIENCE * expected, room / 2) if self.measured else room / 2
+        return min(room, max(self.costs.limit(expected), patience))
 
     def reserve(self, task: Task, seconds: float) -> float:
         """What has to be left after `task`: one finalist's way through the rungs above, and plain

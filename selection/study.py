@@ -362,13 +362,14 @@ class Start:
     """Do this task. Whoever does it stops at `limit_seconds` of device time, ended by `pruner`.
 
     The limit is what keeps a search within 1.02 times its budget whatever a task turns out to cost;
-    it is infinite without a budget of time.
+    it is infinite without a budget of time. `score_seconds` of what is expected are for scoring.
     """
 
     task: Task
     candidate: CandidateSpec
     stop: int
     expected_seconds: float
+    score_seconds: float
     limit_seconds: float
     reason: str
 

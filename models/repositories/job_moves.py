@@ -155,9 +155,20 @@ class JobMoves:
         backoff_s: float,
         exit_code: int | None = None,
     ) -> JobStatus:
-        """Count a loss: back to the queue, or `worker_lost` when it happens again and again."""
+        """Count a loss: back to the queue, or `worker_lost` when it happens again and again.
+
+        A job that helps a search ends: whoever goes on with the search asks for help again, and a
+        machine that loses one after the other is soon given none.
+        """
         row = self._lock(fence)
         losses = row.losses + 1
+        if row.kind is JobKind.SEARCH and row.cancel_requested_at is None:
+            self._end(
+                fence, JobStatus.FAILED, AttemptOutcome.LOST, exit_code=exit_code, losses=losses,
+                error={**error, "retryable": False},
+                message="The helper lost its worker; the search goes on without it.",
+            )  # fmt: skip
+            return JobStatus.FAILED
         if row.cancel_requested_at is None and losses >= max_losses:
             message = f"{losses} attempts in a row lost their worker without any progress"
             error = {**error, "message": f"{message}; the last one: {error['message']}"}

@@ -5,13 +5,12 @@ turn; between two turns any number of workers may train. A task needs no lease o
 belongs to an attempt at a job, and is free again when that attempt has ended.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from core.errors import LeaseLost, NotFound
+from core.errors import FailureCode, LeaseLost, NotFound
 from core.ids import IdPrefix, new_id
 from core.lifecycle import (
     AttemptOutcome,
@@ -28,48 +27,10 @@ from models.repositories.events import append_event
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import Fence, JobRepository
 from models.repositories.quotas import QuotaRepository
+from models.repositories.task_records import TaskEnd as TaskEnd
+from models.repositories.task_records import TaskRecord as TaskRecord
+from models.repositories.task_records import TrialKey as TrialKey
 from models.types import db_now
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """A task with its trial."""
-
-    task: TaskRow
-    trial: TrialRow
-
-    def facts(self) -> dict[str, Any]:
-        """Return both as `selection.wire.TaskFacts` has them."""
-        task, trial = self.task, self.trial
-        return {
-            "arm": trial.arm, "draw": trial.draw, "repeat": trial.repeat,
-            "setting": trial.setting, "origin": trial.origin, "rung": task.rung,
-            "start": task.start, "status": task.status, "limit_seconds": task.limit_seconds,
-            "seconds": task.seconds, "lost_seconds": task.lost_seconds,
-            "ended_by": task.ended_by, "log_loss": task.log_loss, "drift": task.drift,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrialKey:
-    """What tells a trial from every other one of its search."""
-
-    arm: str
-    draw: int
-    repeat: int
-
-
-@dataclass(frozen=True)
-class TaskEnd:
-    """What came of a task: `log_loss` and `drift` where its rung was reached."""
-
-    ended_by: EndedBy
-    seconds: float
-    log_loss: float | None
-    drift: float | None
-    feasible: bool
-    metrics: dict[str, float | str]
-    is_last: bool
 
 
 class SearchRepository:
@@ -128,7 +89,11 @@ class SearchRepository:
         """Whether tasks may be started: the search goes on, and its job runs or is due to."""
         if study.ended_at is not None:
             return False
-        status = select(Job.status).where(Job.id == study.job_id, Job.cancel_requested_at.is_(None))
+        status = select(Job.status).where(
+            Job.id == study.job_id,
+            Job.cancel_requested_at.is_(None),
+            Job.pause_requested_at.is_(None),
+        )
         found = self._session.execute(status).scalar_one_or_none()
         return found in (JobStatus.RUNNING, JobStatus.QUEUED)
 
@@ -141,9 +106,15 @@ class SearchRepository:
         )  # fmt: skip
 
     def end(self, study: StudyRow, *, by: str, reason: str) -> None:
-        """Close a search: trials that wait for a longer rung have been pruned."""
+        """Close a search: trials that wait for a longer rung have been pruned, and their tasks."""
         if study.ended_at is not None:
             return
+        self._session.execute(
+            update(TaskRow)
+            .where(TaskRow.study_id == study.id, TaskRow.status == TaskStatus.WAITING)
+            .values(status=TaskStatus.ENDED, ended_by=EndedBy.PRUNER, finished_at=db_now())
+            .execution_options(synchronize_session=False)
+        )
         study.ended_at = self._session.execute(select(db_now())).scalar_one()
         study.stopped_by, study.stop_reason = by, reason[:500]
         pruned = (
@@ -183,7 +154,8 @@ class SearchRepository:
     def reclaim(self, study: StudyRow, *, max_losses: int) -> list[TaskRow]:
         """Free the running tasks whose attempt has ended without finishing them; return them.
 
-        A task whose worker was lost `max_losses` times is given up: it may be what kills them.
+        A task whose worker was lost, or failed, `max_losses` times is given up: it may be what
+        kills them.
         """
         left = (
             select(TaskRow, JobAttempt.outcome)
@@ -198,7 +170,7 @@ class SearchRepository:
         for task, outcome in self._session.execute(left).all():
             task.lost_seconds += task.seconds
             task.seconds = 0.0
-            task.losses += outcome is AttemptOutcome.LOST
+            task.losses += outcome in (AttemptOutcome.LOST, AttemptOutcome.FAILED)
             task.status, task.job_id, task.attempt = TaskStatus.WAITING, None, None
             trial = self._session.get_one(TrialRow, task.trial_id)
             trial.status = TrialStatus.WAITING
@@ -318,7 +290,7 @@ class SearchRepository:
         trial = self._session.get_one(TrialRow, record.trial.id, populate_existing=True)
         measured = end.ended_by is EndedBy.BUDGET
         trial.gpu_seconds += end.seconds
-        trial.status = _trial_status(end)
+        trial.status = end.trial_status
         if measured:
             trial.rung, trial.log_loss, trial.drift = record.task.rung, end.log_loss, end.drift
             trial.metrics = end.metrics
@@ -380,6 +352,14 @@ class SearchRepository:
         )
         return self._session.execute(statement).scalar_one()
 
+    def failed_helpers(self, parent_id: str) -> int:
+        """Return how many jobs could not help the search of a job, dead workers aside."""
+        statement = select(Job.error).where(
+            Job.parent_id == parent_id, Job.kind == JobKind.SEARCH, Job.status == JobStatus.FAILED
+        )
+        codes = [(error or {}).get("code") for error in self._session.execute(statement).scalars()]
+        return sum(code != FailureCode.WORKER_LOST.value for code in codes)
+
     # ---------------------------------------------------------------- history
 
     def finished(
@@ -411,9 +391,3 @@ def _is_owned() -> ColumnElement[bool]:
         )
         .exists()
     )
-
-
-def _trial_status(end: TaskEnd) -> TrialStatus:
-    if end.ended_by is EndedBy.BUDGET:
-        return TrialStatus.COMPLETE if end.is_last else TrialStatus.WAITING
-    return TrialStatus.PRUNED if end.ended_by is EndedBy.PRUNER else TrialStatus.FAIL

@@ -9,18 +9,16 @@ import pytest
 
 from core.lifecycle import EndedBy, JobKind, JobStatus, TaskStatus, TrialStatus
 from core.results import TrainingResult
-from models.experiment import StudyRow
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.jobs import JobRepository
-from models.repositories.searches import SearchRepository, TaskRecord
 from selection.wire import plan_from_json
+from tests.integration.searches import STEPS, auto, study_of
 from tests.integration.training_world import Killed, TrainingWorld, micro_llama, running_world
 from worker.jobs import fine_tune, help_search, search_tasks
 from worker.jobs.past import gains_of
+from worker.jobs.scopes import ScopeStore
 from worker.jobs.workbench import Workbench
 from worker.training.optuna_storage import open_storage
-
-STEPS = 17
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(tmp_path: Path, sqlite_url: str, model: Path) -> Iterator[TrainingWorld]:
     with running_world(tmp_path, url=sqlite_url, model=model, pairs=80) as made:
         yield made
-
-
-def auto(**search: Any) -> dict[str, Any]:
-    """Rungs at 5 steps and at the end."""
-    params = {"batch_size": 14, "lora_r": 2, "n_epochs": 4}
-    return {"type": "auto", "auto": {"search": search, "hyperparameters": params}}
-
-
-def study_of(world: TrainingWorld, job_id: str) -> tuple[StudyRow, list[TaskRecord]]:
-    with world.database.reading() as session:
-        study = ExperimentRepository(session).study_of(job_id)
-        assert study is not None
-        return study, SearchRepository(session).records(study.id)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +93,34 @@ def test_the_final_run_is_the_trial_that_was_it(
     assert job.gpu_seconds == pytest.approx(spent), "what the search has paid is not paid again"
     trials = world.settings.artifact_dir / "jobs" / job_id / "trials"
     assert not list(trials.rglob("state.safetensors")), "points are removed with the last run"
+
+
+def test_a_trial_from_rung_to_rung_is_the_run_in_one_go(
+    searched: tuple[TrainingWorld, str, TrainingResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer and lots: the same search again, its final runs from the reference on."""
+    world, first, adopted = searched
+    monkeypatch.setattr(ScopeStore, "_adopted", lambda _self: None)
+    second = world.fine_tune(auto(shape="few"))
+    trained = TrainingResult.model_validate(world.attempt(fine_tune.run))
+    assert trained.search is not None
+    assert adopted.search is not None
+    assert trained.search.winner_trial == adopted.search.winner_trial
+    assert trained.run.evaluation == adopted.run.evaluation
+    assert trained.comparison == adopted.comparison
+    with world.database.reading() as session:
+        experiments = ExperimentRepository(session)
+        for scope in ("train", "baseline"):
+            one, other = (
+                [(point.step, point.metrics) for point in experiments.metrics(job, scope)]
+                for job in (first, second)
+            )
+            assert len(one) == STEPS
+            assert one == other
+        jobs = JobRepository(session)
+        paid = [jobs.get(world.owner_id, job).gpu_seconds for job in (first, second)]
+    _, records = study_of(world, second)
+    assert paid[1] > sum(r.task.seconds for r in records), "these runs were trained again"
 
 
 def test_optuna_has_every_trial(searched: tuple[TrainingWorld, str, TrainingResult]) -> None:

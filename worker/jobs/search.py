@@ -7,7 +7,7 @@ same tasks and, with the same results, ends with the same winner.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ from models.experiment import StudyRow, TrialRow
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.searches import SearchRepository, TaskRecord
 from selection.rungs import answer
-from selection.study import Plan, Study
+from selection.study import Plan, Study, ruled_out
 from selection.winner import FinishedTrial, select_winner
 from selection.wire import plan_from_json, plan_to_json
 from worker.context import JobContext
@@ -35,7 +35,8 @@ from worker.jobs.scopes import Span
 from worker.jobs.search_losses import losses_path
 from worker.jobs.search_plan import make_plan
 from worker.jobs.search_record import record_trials
-from worker.jobs.search_tasks import known, scope_of, work
+from worker.jobs.search_tasks import scope_of, work
+from worker.jobs.search_turns import known
 from worker.jobs.workbench import Workbench
 from worker.training.evaluate import Floats, pair_groups
 
@@ -101,15 +102,17 @@ def _study(bench: Workbench, spec: SearchSpec, recommendation: Recommendation) -
 
 
 @dataclass(frozen=True)
-class _Config:
+class Config:
     """A configuration that may win: its trials at the rung that counts, one of each seed.
 
-    `losses` are those of (seeds, pairs), None where some of them are not on this server.
+    `drift` is the largest over seeds, `own_drift` that of the search's own. `losses` are those of
+    (seeds, pairs), None where some of them are not on this server.
     """
 
     trials: tuple[TrialRow, ...]
     log_loss: float
     drift: float
+    own_drift: float
     feasible: bool
     losses: Floats | None
 
@@ -134,14 +137,16 @@ def _choose(
             failure=FailureCode.BUDGET_EXHAUSTED,
             hint="raise drift_budget or the budget of the search, or lower the learning rate",
         )
-    configs = _configs(bench.context, plan, records, rung)
+    out = ruled_out(plan, state)
+    usable = [r for r in records if (r.trial.arm, r.trial.draw, 0) not in out]
+    configs = within_budget(plan, _configs(bench.context, plan, usable, rung))
     group = pair_groups(bench.pairs[Split.VALIDATION])
     selection = select_winner(_finished(configs), group)
     assert selection.winner is not None, "a rung that was reached has a feasible trial"
     by_number = {config.trial.number: config for config in configs}
     winner = by_number[selection.winner]
     plain = [config for config in configs if config.trial.arm == plan.plain.name]
-    best = min(plain, key=lambda config: (config.log_loss, config.trial.number), default=None)
+    best = baseline_of(plain)
     wins = CandidateSpec.model_validate(winner.trial.candidate)
     baseline = plan.plain.candidate if best is None else best.trial.candidate
     adopts = {"train": scope_of(winner.trial.number)} if rung == plan.last else {}
@@ -183,7 +188,7 @@ def _untried(study: StudyRow, plan: Plan, recommended: CandidateSpec) -> Choice:
 
 def _configs(
     context: JobContext, plan: Plan, records: Sequence[TaskRecord], rung: int
-) -> list[_Config]:
+) -> list[Config]:
     """Configurations that were measured at a rung; seeds of one are averaged, pair by pair."""
     found: dict[tuple[str, int], list[TaskRecord]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.trial.repeat, r.trial.number)):
@@ -198,10 +203,11 @@ def _configs(
         drifts = [math.inf if task.task.drift is None else task.task.drift for task in tasks]
         drift = max(drifts)
         configs.append(
-            _Config(
+            Config(
                 trials=tuple(task.trial for task in tasks),
                 log_loss=float(np.mean([task.task.log_loss for task in tasks])),
                 drift=drift,
+                own_drift=drifts[0],
                 feasible=plan.drift_budget is None or drift <= plan.drift_budget,
                 losses=np.stack(known_losses) if len(known_losses) == len(losses) else None,
             )
@@ -215,6 +221,22 @@ def _configs(
     return configs
 
 
+def baseline_of(plain: Sequence[Config]) -> Config | None:
+    """The best of plain DPO, within the drift budget where any is."""
+    return min(plain, key=lambda c: (not c.feasible, c.log_loss, c.trial.number), default=None)
+
+
+def within_budget(plan: Plan, configs: list[Config]) -> list[Config]:
+    """Where second seeds take everybody beyond the drift budget, the search's own one counts.
+
+    Its weights are those that are published.
+    """
+    limit = plan.drift_budget
+    if limit is None or any(config.feasible for config in configs):
+        return configs
+    return [replace(c, drift=c.own_drift, feasible=c.own_drift <= limit) for c in configs]
+
+
 def _losses(context: JobContext, record: TaskRecord) -> Floats | None:
     path = losses_path(context, record.trial.number, record.task.rung)
     if not path.is_file():
@@ -222,7 +244,7 @@ def _losses(context: JobContext, record: TaskRecord) -> Floats | None:
     return np.array(orjson.loads(path.read_bytes()), dtype=np.float64)
 
 
-def _finished(configs: Sequence[_Config]) -> list[FinishedTrial]:
+def _finished(configs: Sequence[Config]) -> list[FinishedTrial]:
     """Trials as the winner is chosen from."""
     usable = [config for config in configs if config.feasible]
     best = min(usable, key=lambda config: (config.log_loss, config.trial.number))
@@ -240,7 +262,7 @@ def _finished(configs: Sequence[_Config]) -> list[FinishedTrial]:
     ]
 
 
-def _independent_error(config: _Config, best: _Config) -> float:
+def _independent_error(config: Config, best: Config) -> float:
     """Standard error of (log-loss - the best one's) as if they shared no pairs: too large."""
     if config is best:
         return 0.0

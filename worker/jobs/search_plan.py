@@ -1,12 +1,17 @@
 """What a search is going to do: arms from the recommendation, rungs, what steps cost here."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from core.profile import RankedPair, Recommendation
+from core.queue import QueueName
 from core.run_spec import CandidateSpec, SearchSpec
 from core.spec import KernelName, ObjectiveSpec
+from models.repositories.workers import WorkerRepository
 from selection.quote import plan_search
 from selection.study import PLAIN, Arm, Budget, Plan, ladder
 from worker.context import JobContext
@@ -15,6 +20,10 @@ from worker.jobs.runs import RunRequest
 from worker.jobs.scopes import Span
 from worker.jobs.workbench import Workbench
 
+log = logging.getLogger("kdpo.search")
+
+LIVE_S = 60.0
+"""A worker that was seen since then is counted on."""
 _TIMED_STEPS = 3
 
 
@@ -66,7 +75,15 @@ def make_plan(
         score_seconds=rates.score,
         drift_budget=spec.drift_budget,
         shape=spec.shape,
+        workers=_workers(bench.context, spec),
     )
+
+
+def _workers(context: JobContext, spec: SearchSpec) -> int:
+    """How many will share the work of a search, as far as is known when it begins."""
+    with context.database.reading() as session:
+        live = WorkerRepository(session).ready(QueueName.GPU, within_s=LIVE_S)
+    return max(1, min(live, spec.parallelism or live))
 
 
 @dataclass
@@ -88,36 +105,42 @@ class _Stopwatch:
         self.context.raise_if_stopped()
 
     @property
-    def step(self) -> float:
-        """Seconds of the fastest step; the first one warms up."""
+    def step(self) -> float | None:
+        """Seconds of the fastest step, the first one warms up; None where none could be taken."""
         gaps = [b - a for a, b in zip(self.passed, self.passed[1:], strict=False)]
-        return min(gaps[1:] or gaps)
+        return min(gaps[1:] or gaps, default=None)
 
 
 def measure_rates(bench: Workbench, ranking: Sequence[RankedPair]) -> Rates:
     """Time steps of plain DPO, of every divergence with its best kernel, of a mixture; a scoring.
 
-    A pair costs what its divergence does, times what a mixture costs over a single kernel.
+    A pair costs what its divergence does, times what a mixture costs over a single kernel. What
+    cannot take a step here is thought to cost what plain DPO does: its trials will say why.
     """
+    began = time.monotonic()
     plain = _timed(bench, ObjectiveSpec())
+    step = time.monotonic() - began if plain.step is None else plain.step
     by_divergence: dict[str, float] = {}
     mixture = 1.0
     for pair in ranking:
         if pair.kernel != KernelName.HMK.value and pair.divergence not in by_divergence:
-            by_divergence[pair.divergence] = _timed(bench, pair.objective).step
+            by_divergence[pair.divergence] = _timed(bench, pair.objective).step or step
     mixed = next((pair for pair in ranking if pair.kernel == KernelName.HMK.value), None)
     if mixed is not None:
-        mixture = max(_timed(bench, mixed.objective).step / by_divergence[mixed.divergence], 1.0)
+        single = by_divergence.get(mixed.divergence, step)
+        mixture = max((_timed(bench, mixed.objective).step or single) / single, 1.0)
     started = time.monotonic()
     bench.measure(Split.VALIDATION, span=Span(0.0, 0.0))
-    # What a task takes besides its steps: it scores, builds its objective, saves its point.
-    score = time.monotonic() - started + plain.passed[1] - plain.passed[0] - plain.step
+    score = time.monotonic() - started
+    if plain.step is not None:
+        # What a task takes besides its steps: it scores, builds its objective, saves its point.
+        score += plain.passed[1] - plain.passed[0] - plain.step
     return Rates(
-        step=plain.step,
+        step=step,
         score=max(score, 0.0),
         pairs={
-            arm_name(pair): by_divergence[pair.divergence]
-            / plain.step
+            arm_name(pair): by_divergence.get(pair.divergence, step)
+            / step
             * (mixture if pair.kernel == KernelName.HMK.value else 1.0)
             for pair in ranking
         },
@@ -127,6 +150,9 @@ def measure_rates(bench: Workbench, ranking: Sequence[RankedPair]) -> Rates:
 def _timed(bench: Workbench, objective: ObjectiveSpec) -> _Stopwatch:
     request = RunRequest("timing", objective, bench.learning_rate, stop_after=_TIMED_STEPS)
     watch = _Stopwatch(bench.context)
-    bench.time_steps(request, watch)
+    try:
+        bench.time_steps(request, watch)
+    except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        log.warning("%s cannot be timed: %s", objective.label, error)
     bench.context.raise_if_stopped()
     return watch

@@ -1,88 +1,32 @@
-"""Tasks of a search: claimed one at a time by whoever is free, run, and written down.
-
-The decision what comes next and the row that says who does it are one transaction under the lock
-of the study (docs/decisions/0017), so that no task is done twice and none is forgotten. A killed
-worker's task waits again as soon as its attempt has ended, and goes on from its last point.
-"""
+"""Tasks of a search: taken one at a time by whoever is free, run, and written down."""
 
 import logging
-import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import assert_never
 
-from sqlalchemy.orm import Session
+import torch
 
-from core.lifecycle import EndedBy, JobKind
-from core.queue import QueueName
-from models.experiment import StudyRow
-from models.repositories.jobs import JobRepository
-from models.repositories.searches import SearchRepository, TaskEnd, TaskRecord, TrialKey
-from models.repositories.workers import WorkerRepository
-from selection.quote import Quote, quote
-from selection.rungs import decide
-from selection.study import Plan, Running, Start, Stop, Study, Wait
-from selection.wire import TaskFacts, plan_from_json, setting_to_json, study_of
+from core.lifecycle import EndedBy
+from models.repositories.searches import SearchRepository, TaskEnd
 from worker.context import JobContext
 from worker.ingest.canonical import Split
 from worker.jobs.runs import RunRequest
-from worker.jobs.scopes import TRIAL_SCOPE, ScopeHooks, Span
+from worker.jobs.scopes import TRIAL_SCOPE, Reporter, ScopeHooks, Span
 from worker.jobs.search_losses import write_groups, write_losses
+from worker.jobs.search_turns import MAX_TASK_LOSSES as MAX_TASK_LOSSES
+from worker.jobs.search_turns import Claimed as Claimed
+from worker.jobs.search_turns import Closed, Pausing, Sight, Waiting, claim
 from worker.jobs.workbench import Workbench
-from worker.training.evaluate import Floats, trial_score
+from worker.training.evaluate import Floats, Measured, trial_score
 from worker.training.run import Ended, RunOutcome
 
 log = logging.getLogger("kdpo.search")
 
-MAX_TASK_LOSSES = 3
-"""Workers that a task may take with it before it is given up."""
 WAIT_S = 0.5
 SPEND_EVERY_S = 1.0
 _TRAIN_SHARE = 0.85
-_HELPER_PRIORITY = -1
-_LIVE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Sight:
-    """How far a search is: tasks done and expected in all, and the part of its price that is spent.
-
-    `eta` are wall seconds with one worker, as likely too short as too long, and in 9 of 10 cases
-    enough.
-    """
-
-    done: int
-    tasks: int
-    fraction: float
-    eta: float
-    eta_p90: float
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """A task that is now this attempt's; `after` is the fraction when it has ended."""
-
-    study: StudyRow
-    plan: Plan
-    record: TaskRecord
-    start: Start
-    sight: Sight
-    after: float
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """What comes next depends on tasks that others have."""
-
-    sight: Sight
-
-
-@dataclass(frozen=True)
-class Closed:
-    """The search takes no more tasks: it has ended, or its job has stopped."""
-
-
-Turn = Claimed | Waiting | Closed
 
 
 def scope_of(number: int) -> str:
@@ -90,138 +34,20 @@ def scope_of(number: int) -> str:
     return f"{TRIAL_SCOPE}{number}"
 
 
-def known(repository: SearchRepository, study: StudyRow) -> tuple[Study, list[TaskRecord]]:
-    """All that is known of a search, as a value and as rows."""
-    records = repository.records(study.id)
-    facts = [TaskFacts(**record.facts()) for record in records]
-    return study_of(facts, elapsed_seconds=repository.elapsed(study)), records
-
-
-def claim(context: JobContext, study_id: str) -> Turn:
-    """Decide what this attempt does next, and write it down; one at a time per study.
-
-    Raises:
-        LeaseLost: the attempt does not own its job (any more).
-    """
-    with context.transaction() as session:
-        repository = SearchRepository(session)
-        study = repository.lock(study_id)
-        if not repository.is_open(study):
-            return Closed()
-        for task in repository.reclaim(study, max_losses=MAX_TASK_LOSSES):
-            log.warning("task %s was left by its worker", task.id)
-        plan = plan_from_json(study.plan)
-        state, records = known(repository, study)
-        price = quote(plan, state)
-        _promise(repository, study, plan, state, price)
-        action = decide(plan, state)
-        match action:
-            case Start():
-                record = _take(context, repository, study, records, action)
-                _call_for_help(context, session, study, plan, state, action)
-                after = price.spent + action.expected_seconds
-                return Claimed(
-                    study, plan, record, action, _sight(state, price), _share(after, price)
-                )
-            case Stop(by=by, reason=reason):
-                repository.end(study, by=by.value, reason=reason)
-                return Closed()
-            case Wait():
-                return Waiting(_sight(state, price))
-            case _:
-                assert_never(action)
-
-
-def _sight(state: Study, price: Quote) -> Sight:
-    done = len(state.ended)
-    return Sight(done, done + price.tasks, _share(price.spent, price), price.eta, price.eta_p90)
-
-
-def _share(seconds: float, price: Quote) -> float:
-    return min(seconds / price.p50, 1.0) if price.p50 > 0.0 else 0.0
-
-
-def _take(
-    context: JobContext,
-    repository: SearchRepository,
-    study: StudyRow,
-    records: list[TaskRecord],
-    start: Start,
-) -> TaskRecord:
-    task = start.task
-    key = TrialKey(task.trial.arm, task.trial.draw, task.trial.repeat)
-    record = next((r for r in records if _key(r) == key and r.task.rung == task.rung), None)
-    if record is None:
-        record = repository.add(
-            study, key, rung=task.rung, start=task.start,
-            setting=setting_to_json(task.trial.setting), origin=task.trial.origin.value,
-            candidate=start.candidate.model_dump(mode="json"), reason=start.reason,
-        )  # fmt: skip
-    repository.take(
-        context.fence, study, record,
-        limit_seconds=start.limit_seconds if math.isfinite(start.limit_seconds) else None,
-        label=start.candidate.objective.label,
-    )  # fmt: skip
-    return record
-
-
-def _key(record: TaskRecord) -> TrialKey:
-    return TrialKey(record.trial.arm, record.trial.draw, record.trial.repeat)
-
-
-def _call_for_help(
-    context: JobContext, session: Session, study: StudyRow, plan: Plan, state: Study, start: Start
-) -> None:
-    """Queue another job for this search where a free worker would find a task of it."""
-    spec = study.spec
-    with_this = replace(
-        state,
-        running=(*state.running, Running(start.task, start.limit_seconds)),
-        waiting=tuple(task for task in state.waiting if task.key != start.task.key),
-    )
-    if not isinstance(decide(plan, with_this), Start):
-        return
-    helpers = SearchRepository(session).open_helpers(study.job_id)
-    workers = WorkerRepository(session).ready(QueueName.GPU, within_s=_LIVE_S)
-    if helpers + 1 >= min(workers, spec.get("parallelism") or workers):
-        return
-    job = context.job
-    JobRepository(session).create(
-        owner_id=job.owner_id, kind=JobKind.SEARCH, spec={**job.spec, "study_id": study.id},
-        dataset_id=job.dataset_id, model=job.model, seed=job.seed, parent_id=study.job_id,
-        priority=_HELPER_PRIORITY,
-    )  # fmt: skip
-
-
-def _promise(
-    repository: SearchRepository, study: StudyRow, plan: Plan, state: Study, price: Quote
-) -> None:
-    """Keep the quotes of the beginning and of the end of screening."""
-    screened = {arm.name for arm in plan.screened} - {
-        ended.task.trial.arm for ended in state.ended if ended.task.rung == 0
-    }
-    begun = state.ended or state.running
-    moment = "start" if not begun else None if screened else "screened"
-    if moment is None or any(kept["at"] == moment for kept in study.quotes):
-        return
-    repository.quote(
-        study,
-        {"at": moment, **{name: round(value, 3) for name, value in asdict(price).items()}},
-        f"The search will take {price.p50:.0f} device seconds (P90 {price.p90:.0f}), "
-        f"{price.spent:.0f} of them spent; with one worker it ends in about {price.eta:.0f} s.",
-    )
-
-
 # ------------------------------------------------------------------- running
 
 
 @dataclass
 class TaskHooks:
-    """Hooks of a trial on its way to a rung: it notes what it costs and stops at its limit."""
+    """Hooks of a trial on its way to a rung: it notes what it costs and stops at its limit.
+
+    `score_s` of its limit are for scoring.
+    """
 
     inner: ScopeHooks
     task_id: str
     limit_s: float
+    score_s: float
     began: float = field(default_factory=time.monotonic)
     _noted: float = 0.0
 
@@ -242,16 +68,35 @@ class TaskHooks:
             LeaseLost: the task is somebody else's.
         """
         self.inner.stepped(step, total)
+        self._note()
+        if step < total and self.spent > self.limit_s - self.score_s:
+            raise Ended(
+                EndedBy.PRUNER, f"step {step} of {total}: its limit of {self.limit_s:.1f} s is over"
+            )
+
+    def scoring(self, span: Span) -> Callable[[int, int], None]:
+        """What is called while the trial is scored; it raises as `stepped` does."""
+        reporter = Reporter(self.inner.context, "pairs", span)
+
+        def scored(done: int, total: int) -> None:
+            reporter(done, total)
+            self._note()
+            if done < total and self.spent > self.limit_s:
+                raise Ended(
+                    EndedBy.PRUNER,
+                    f"pair {done} of {total} on validation: its limit of {self.limit_s:.1f} s is "
+                    "over",
+                )
+
+        return scored
+
+    def _note(self) -> None:
         spent = self.spent
         if spent - self._noted >= SPEND_EVERY_S:
             self._noted = spent
             context = self.inner.context
             with context.transaction() as session:
                 SearchRepository(session).spend(context.fence, self.task_id, spent)
-        if spent > self.limit_s and step < total:
-            raise Ended(
-                EndedBy.PRUNER, f"step {step} of {total}: its limit of {self.limit_s:.1f} s is over"
-            )
 
     def stopping(self) -> bool:
         """Whether the user or the worker wants the attempt to end."""
@@ -282,10 +127,10 @@ def run_task(bench: Workbench, claimed: Claimed, *, span: Span) -> None:
     hooks = TaskHooks(
         ScopeHooks(context, request.scope, train),
         record.task.id,
-        limit_s=max(start.limit_seconds - claimed.plan.score_seconds, 0.0),
+        limit_s=start.limit_seconds,
+        score_s=start.score_seconds,
     )
-    run = bench.train(request, span=train, hooks=hooks)
-    end, losses = _judged(bench, claimed, run, hooks, score)
+    end, losses = _judged(bench, claimed, request, hooks, train=train, score=score)
     if losses is not None:
         write_groups(bench)
         write_losses(context, number, start.task.rung, losses)
@@ -293,20 +138,42 @@ def run_task(bench: Workbench, claimed: Claimed, *, span: Span) -> None:
         repository = SearchRepository(session)
         study = repository.lock(claimed.study.id)
         repository.finish(context.fence, study, record, end)
-    if end.ended_by is not EndedBy.BUDGET:
+    if end.ended_by is EndedBy.PRUNER:  # of others a person may want another try
         bench.store(request).clear()
 
 
 def _judged(
-    bench: Workbench, claimed: Claimed, run: RunOutcome, hooks: TaskHooks, span: Span
+    bench: Workbench,
+    claimed: Claimed,
+    request: RunRequest,
+    hooks: TaskHooks,
+    *,
+    train: Span,
+    score: Span,
 ) -> tuple[TaskEnd, Floats | None]:
-    plan, rung = claimed.plan, claimed.start.task.rung
-    if run.ended_by is not EndedBy.BUDGET:
-        return _unusable(run.ended_by, run.message, hooks), None
-    measured = bench.measure(Split.VALIDATION, span=span)
+    """Train and score a trial; what it cannot do is a fact about it."""
+    try:
+        run = bench.train(request, span=train, hooks=hooks)
+        if run.ended_by is not EndedBy.BUDGET:
+            return _unusable(run.ended_by, run.message, hooks), None
+        measured = bench.measure(Split.VALIDATION, span=score, progress=hooks.scoring(score))
+    except Ended as end:
+        return _unusable(end.ended_by, str(end), hooks), None
+    except torch.OutOfMemoryError as error:
+        log.warning("trial %s ran out of device memory: %s", request.scope, error)
+        return _unusable(EndedBy.OOM, "its objective or its scoring does not fit", hooks), None
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        log.warning("trial %s has no solution: %s", request.scope, error)
+        return _unusable(EndedBy.NAN, str(error), hooks), None
     if not measured.is_finite:
-        message = "log-probs on validation are not finite"
-        return _unusable(EndedBy.NAN, message, hooks), None
+        return _unusable(EndedBy.NAN, "log-probs on validation are not finite", hooks), None
+    return _scored(claimed, run, measured, hooks)
+
+
+def _scored(
+    claimed: Claimed, run: RunOutcome, measured: Measured, hooks: TaskHooks
+) -> tuple[TaskEnd, Floats]:
+    plan, rung = claimed.plan, claimed.start.task.rung
     score = trial_score(measured)
     metrics: dict[str, float | str] = {
         "standard_error": score.standard_error,
@@ -360,6 +227,8 @@ def work(bench: Workbench, study_id: str, *, span: Span, patience_s: float | Non
                 if patience_s is not None and time.monotonic() - idle_since > patience_s:
                     return done
                 _report(context, sight, span)
+                context.stop.wait(WAIT_S)
+            case Pausing():
                 context.stop.wait(WAIT_S)
             case Closed():
                 return done

@@ -100,12 +100,17 @@ def test_costs_follow_an_arm_that_is_dearer_than_thought() -> None:
     assert steady.spread < costs.spread
 
 
-def test_tasks_that_were_cut_say_nothing_of_costs() -> None:
+def test_tasks_that_were_cut_say_that_they_cost_as_much_as_that_and_no_less() -> None:
     made = plan(number=4)
     task = Task(Trial(made.arms[1].name, 0, 0, RECOMMENDED, Origin.SCREEN), 0, 0)
-    cut = Study(ended=(Ended(task, EndedBy.PRUNER, 999.0),))
-    assert costs_of(made, cut) == costs_of(made, Study())
-    assert cut.spent_seconds == 999.0
+    early = Study(ended=(Ended(task, EndedBy.PRUNER, 11.0),))
+    assert costs_of(made, early) == costs_of(made, Study())
+    late = Study(ended=(Ended(task, EndedBy.PRUNER, 220.0),))
+    assert costs_of(made, late).task(task) == pytest.approx(220.0)
+    assert late.spent_seconds == 220.0
+    others = screened(made, {arm.name: 0.69 for arm in made.screened if arm is not made.arms[1]})
+    both = Study(ended=(*others.ended, *late.ended))
+    assert costs_of(made, both).task(task) > costs_of(made, others).task(task)
 
 
 # -------------------------------------------------------------------- shapes
