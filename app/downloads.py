@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 from app.errors import problem_response
 from app.responses import etag_matches
 from core.errors import FailureCode, NotFound, RunAborted
+from core.settings import MIB
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = MIB
 RANGE_RESPONSES: dict[int | str, dict[str, Any]] = {
     206: {"description": "The range that was asked for"},
     304: {"description": "The client has this file already"},

@@ -22,7 +22,7 @@ from app.deps import DEFAULT_OWNER
 from app.embedded import Supervisor, worker_command, worker_commands
 from app.keys import Scope, make_key
 from app.main import create_app
-from app.server import Server
+from app.server import Protocol, Server, keep_freed_memory
 from core.errors import InvalidInput, Unavailable
 from core.logs import configure_logging
 from core.queue import QueueName
@@ -269,9 +269,11 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
 
 def _run(settings: Settings, listener: socket.socket) -> None:
     configure_logging(settings.log_level)
+    keep_freed_memory()
     api = create_app(settings)
     config = uvicorn.Config(
         api,
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,15 +1,18 @@
 """Receives a multipart upload straight to its final disk, hashed while it is written."""
 
+import asyncio
 import errno
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import anyio
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -20,7 +23,10 @@ from app.limits import admit_upload
 from core.errors import InvalidInput, MalformedRequest, StorageFull, TooLarge, UnsupportedMedia
 from core.settings import MIB
 
-WRITE_BYTES = MIB
+# What is written and hashed at once; below, handing it to threads costs as much as hashing it.
+WRITE_BYTES = 4 * MIB
+# Each piece of a body is an object of its own, however small its sender makes them.
+WRITE_PIECES = 1024
 MAX_FIELD_BYTES = 64 * 1024
 PART_SUFFIX = ".part"
 STALE_S = 86_400.0
@@ -54,7 +60,8 @@ class _Form:
 
     allowed: frozenset[str]
     file: str = "file"
-    pending: bytearray = field(default_factory=bytearray)
+    pending: list[memoryview] = field(default_factory=list)
+    pending_bytes: int = 0
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
     has_file: bool = False
@@ -110,7 +117,9 @@ class _Form:
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._part.name == self.file:
-            self.pending += data[start:end]
+            # A view, as a copy of all that comes would cost more than the parsing.
+            self.pending.append(memoryview(data)[start:end])
+            self.pending_bytes += end - start
             return
         self._part.data += data[start:end]
         if len(self._part.data) > MAX_FIELD_BYTES:
@@ -118,6 +127,11 @@ class _Form:
                 f"the field {self._part.name!r} is longer than {MAX_FIELD_BYTES} bytes",
                 param=self._part.name,
             )
+
+    def take(self) -> list[memoryview]:
+        """Return what has come of the file since the last call."""
+        taken, self.pending, self.pending_bytes = self.pending, [], 0
+        return taken
 
     def _end(self) -> None:
         if self._part.name == self.file:
@@ -209,30 +223,68 @@ async def _copy(
     *,
     max_bytes: int,
 ) -> tuple[int, str]:
-    """Feed the body to the parser and write what it finds, a MiB at a time."""
-    digest = hashlib.sha256()
+    """Feed the body to the parser and keep what it finds; the next comes meanwhile."""
     size = 0
+    async with _keeping(file) as kept:
+        async for chunk in stream:
+            parser.write(chunk)
+            if size + form.pending_bytes > max_bytes:
+                raise TooLarge(
+                    f"the file is larger than {max_bytes} bytes, which is the limit here",
+                    param="file",
+                    hint="upload a sample, compress it with gzip, or raise "
+                    "KDPO_API__MAX_UPLOAD_BYTES",
+                )
+            if form.pending_bytes >= WRITE_BYTES or len(form.pending) >= WRITE_PIECES:
+                size += form.pending_bytes
+                await kept.add(form.take())
+        parser.finalize()
+        size += form.pending_bytes
+        await kept.add(form.take())
+    return size, kept.digest.hexdigest()
 
-    def write(chunk: bytes) -> None:
-        file.write(chunk)
-        digest.update(chunk)
 
-    async for chunk in stream:
-        parser.write(chunk)
-        if size + len(form.pending) > max_bytes:
-            raise TooLarge(
-                f"the file is larger than {max_bytes} bytes, which is the limit here",
-                param="file",
-                hint="upload a sample, compress it with gzip, or raise KDPO_API__MAX_UPLOAD_BYTES",
-            )
-        if len(form.pending) >= WRITE_BYTES:
-            size += len(form.pending)
-            await run_in_threadpool(write, bytes(form.pending))
-            form.pending.clear()
-    parser.finalize()
-    size += len(form.pending)
-    await run_in_threadpool(write, bytes(form.pending))
-    return size, digest.hexdigest()
+class _Kept:
+    """A file that is written and hashed in two threads beside the event loop."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.digest = hashlib.sha256()
+        self._file = file
+        self._running: list[asyncio.Task[None]] = []
+
+    async def add(self, pieces: list[memoryview]) -> None:
+        """Begin to keep what comes next, when all before it is kept."""
+        await self.done()
+        self._running = [
+            asyncio.create_task(run_in_threadpool(do, pieces)) for do in (self._write, self._hash)
+        ]
+
+    async def done(self) -> None:
+        """Wait until all is kept."""
+        running, self._running = self._running, []
+        if running:
+            # Both end before either's error is raised: nobody may write to a file that is closed.
+            await asyncio.wait(running)
+            for task in running:
+                task.result()
+
+    def _write(self, pieces: list[memoryview]) -> None:
+        self._file.writelines(pieces)
+
+    def _hash(self, pieces: list[memoryview]) -> None:
+        for piece in pieces:
+            self.digest.update(piece)
+
+
+@asynccontextmanager
+async def _keeping(file: BinaryIO) -> AsyncIterator[_Kept]:
+    """Give what keeps a file; when the block ends, however it ends, no thread uses it any more."""
+    kept = _Kept(file)
+    try:
+        yield kept
+    finally:
+        with anyio.CancelScope(shield=True):
+            await kept.done()
 
 
 def _boundary(request: Request) -> bytes:
