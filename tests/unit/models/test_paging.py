@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.lifecycle import JobKind, JobStatus
+from models.repositories.job_pages import JobFilter
 from models.repositories.jobs import JobRepository
 from models.repositories.paging import PageQuery
 from models.session import Database
@@ -99,8 +100,8 @@ def test_filters_hold(database: Database, seeds: Seeds, ids: list[str]) -> None:
     running = seeds.claimed().fence.job_id
     with database.reading() as session:
         jobs = JobRepository(session)
-        by_kind = jobs.page(seeds.owner_id, PageQuery(), kind=JobKind.DATASET)
-        by_status = jobs.page(seeds.owner_id, PageQuery(), status=JobStatus.RUNNING)
+        by_kind = jobs.page(seeds.owner_id, PageQuery(), JobFilter(kind=JobKind.DATASET))
+        by_status = jobs.page(seeds.owner_id, PageQuery(), JobFilter(status=JobStatus.RUNNING))
         foreign = jobs.page("own_somebody", PageQuery())
     assert [job.id for job in by_kind.rows] == [dataset_job]
     assert [job.id for job in by_status.rows] == [running]
