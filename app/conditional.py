@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from app.deps import Caller, Config, Db
+from app.deps import Caller, Config
 from app.job_views import JobViewer, queue_place
 from app.responses import etag_matches
-from app.streams import Followers, Follows
+from app.streams import Followers
 from core.errors import Changed, InvalidInput
 from core.lifecycle import JobKind
 from models.job import Job
@@ -162,13 +162,11 @@ class JobReader:
 
 
 async def job_reader(
-    request: Request,
-    database: Db,
-    followers: Follows,
-    waiting: Annotated[Waiting | None, Depends(waiting)],
+    request: Request, waiting: Annotated[Waiting | None, Depends(waiting)]
 ) -> JobReader:
     """Return what answers a request for a job."""
-    return JobReader(request, database, followers, waiting)
+    state = request.app.state
+    return JobReader(request, state.database, state.followers, waiting)
 
 
 JobAnswers = Annotated[JobReader, Depends(job_reader)]

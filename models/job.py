@@ -55,6 +55,7 @@ class Job(Identified, Owned, Base):
             sqlite_where=text("status = 'running'"),
         ),
         Index("ix_job_list", "owner_id", "kind", "id"),
+        Index("ix_job_status", "owner_id", "status", "id"),
     )
 
     kind: Mapped[JobKind] = mapped_column(EnumText(JobKind))

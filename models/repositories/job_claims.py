@@ -82,7 +82,7 @@ class JobClaims(JobMoves):
             return {}
         found: dict[str, int] = {}
         turns: dict[tuple[str, QueueName, float], list[tuple[int, int]]] = {}
-        for job_id, ahead, delay in self._own_before(list(queued)):
+        for job_id, ahead, delay in self._own_before(list(queued.values())):
             job = queued[job_id]
             # Those that are due have the same jobs of other owners before them.
             run_after = 0.0 if delay <= 0.0 else job.run_after
@@ -92,10 +92,22 @@ class JobClaims(JobMoves):
             found[job_id] = ahead + sum(min(jobs, ahead + first) for jobs, first in turns[key])
         return found
 
-    def _own_before(self, job_ids: list[str]) -> list[tuple[str, int, float]]:
-        """Return of each job how many its owner has before it, and seconds until it is due."""
-        rows = self._session.execute(_own_before(), {"job_ids": job_ids})
-        return [(row[0], int(row[1]), float(row[2])) for row in rows]
+    def _own_before(self, jobs: list[Job]) -> list[tuple[str, int, float]]:
+        """Return of each job how many its owner has before it, and seconds until it is due.
+
+        Many jobs are ranked at once; only for those that are not due yet others are counted.
+        """
+        ids = {job.id for job in jobs}
+        found: list[tuple[str, int, float]] = []
+        if len(ids) > 1:
+            told = {"job_ids": list(ids), "owner_ids": list({job.owner_id for job in jobs})}
+            ranks = self._session.execute(_own_ranks(), told)
+            found = [(row[0], int(row[1]), 0.0) for row in ranks]
+        rest = ids - {row[0] for row in found}
+        if rest:
+            rows = self._session.execute(_own_before(), {"job_ids": list(rest)})
+            found += [(row[0], int(row[1]), float(row[2])) for row in rows]
+        return found
 
     def _others_waiting(
         self, owner_id: str, queue: QueueName, run_after: float
@@ -208,7 +220,7 @@ class JobClaims(JobMoves):
         return bool(self._session.execute(runs).scalar_one() <= limit)
 
 
-# The two statements behind a queue position are asked with every poll of a queued job; to put one
+# The statements behind a queue position are asked with every poll of a queued job; to put one
 # together takes longer than to run it.
 
 
@@ -239,6 +251,24 @@ def _own_before() -> Select[str, int, float]:
     )
     named = me.id.in_(bindparam("job_ids", expanding=True))
     return select(me.id, before, me.run_after - db_now()).where(named)
+
+
+@cache
+def _own_ranks() -> Select[str, int]:
+    """Of those of `job_ids` that are due: how many jobs of `owner_ids` are before each."""
+    order = (Job.priority.desc(), Job.created_at, Job.id)
+    rank = func.row_number().over(partition_by=(Job.owner_id, Job.queue), order_by=order)
+    ranked = (
+        select(Job.id, (rank - 1).label("ahead"))
+        .where(
+            Job.owner_id.in_(bindparam("owner_ids", expanding=True)),
+            Job.status == _literal(JobStatus.QUEUED),
+            Job.run_after <= db_now(),
+        )
+        .subquery()
+    )
+    named = ranked.c.id.in_(bindparam("job_ids", expanding=True))
+    return select(ranked.c.id, ranked.c.ahead).where(named)
 
 
 @cache

@@ -97,6 +97,7 @@ def test_position_says_in_which_order_jobs_are_taken(database: Database) -> None
     with database.reading() as session:
         repository = JobRepository(session)
         said = {job: repository.queue_position(session.get_one(Job, job)) for job in jobs}
+        assert repository.queue_positions([session.get_one(Job, job) for job in jobs]) == said
     order = [ada.claimed().fence.job_id for _ in jobs]
     assert [said[job] for job in order] == list(range(len(jobs)))
     with database.reading() as session:

@@ -518,10 +518,11 @@ def test_queue_position_leaves_out_jobs_that_pause_for_longer(
     def positions() -> list[int | None]:
         with database.reading() as session:
             repository = JobRepository(session)
-            return [
-                repository.queue_position(repository.get(seeds.owner_id, job_id))
-                for job_id in (first, second, third)
-            ]
+            jobs = [repository.get(seeds.owner_id, job_id) for job_id in (first, second, third)]
+            at_once = repository.queue_positions(jobs)
+            one_by_one = [repository.queue_position(job) for job in jobs]
+            assert [at_once[job.id] for job in jobs] == one_by_one
+            return one_by_one
 
     seeds.pause(first, 60.0)
     assert positions() == [0, 0, 1]
