@@ -25,7 +25,7 @@ command.revision(alembic_config(url), message, autogenerate=True)
 endef
 export NEW_REVISION
 
-.PHONY: help setup demo test soak openapi test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-auto bench-recommend golden serve migrate revision clean
+.PHONY: help setup demo test soak openapi test-fast lint fmt bench-objectives bench-step bench-train bench-selection bench-kernel-term bench-history bench-search bench-auto bench-recommend bench-api golden serve migrate revision clean
 
 help: ## List the targets
 	@echo "kdpo: make <target>"
@@ -109,6 +109,9 @@ bench-recommend: setup ## Time a recommendation from its upload on (a minute; FU
 # DATA=folder has truthfulqa.jsonl.gz; without it another folder is tried, then the shipped sample.
 bench-auto: setup ## Time a whole auto job, and compare its quote with its cost (minutes)
 	@$(BIN)/python -m bench.auto $(if $(DATA),--data $(DATA))
+
+bench-api: setup ## Put load on the API: polls, lists, events, streams, a large file (minutes)
+	@$(BIN)/python -m bench.api
 
 golden: setup ## Write the golden trajectory anew (say in the commit why the numbers moved)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.unit.worker.training.golden

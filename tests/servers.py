@@ -161,8 +161,10 @@ def _postgres_answers(url: str) -> bool:
 
 
 @contextmanager
-def run_postgres() -> Iterator[str]:
+def run_postgres(*, durable: bool = False) -> Iterator[str]:
     """Yield an admin URL (`postgresql+psycopg://…/postgres`) of a server of our own.
+
+    With `durable` a commit waits for the disk, as in production; tests need not.
 
     Raises:
         ServerMissing: there are no binaries.
@@ -197,8 +199,8 @@ def run_postgres() -> Iterator[str]:
             options = {
                 "listen_addresses": "",
                 "unix_socket_directories": str(data),
-                "fsync": "off",
-                "full_page_writes": "off",
+                "fsync": "on" if durable else "off",
+                "full_page_writes": "on" if durable else "off",
                 "max_connections": "100",
             }
             process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]
