@@ -12,7 +12,7 @@ whatever process, after whatever crash, gets the same answer for the same study.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -132,7 +132,7 @@ def _wanted(now: Standing) -> Iterator[Wanted]:
     """Everything that could be started now, the best first; Stop where the rest is not worth it.
 
     Lower rungs come first: what is known there decides who goes on. A worker that would be idle
-    goes up with the part of a rung that has ended.
+    goes up with those who would go on however what still runs there turns out.
     """
     plan = now.plan
     for arm in plan.screened:
@@ -171,53 +171,73 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
     going = [e for e in waiting if e.task.trial.arm != plain][:left]
     best = [ended for ended in waiting if ended.task.trial.arm == plain]
     started = any(task.trial.arm == plain for task in usable)
-    open_plain = any(
-        running.task.trial.arm == plain and running.task.rung < rung
-        for running in now.study.running
-    )
     one = 1 if not taken else 0
     for ended in going[:one]:
         yield Task(ended.task.trial, rung, start), f"the best at step {start}"
     # Before the others: what is left of a budget has to pay for it too.
-    if best and not started and not open_plain:
+    if best and not started and now.allowed(1, rung):
         yield Task(best[0].task.trial, rung, start), "plain DPO is always in the race"
     for ended in going[one:]:
         yield Task(ended.task.trial, rung, start), f"among the best at step {start}"
 
 
 def _drawn(now: Standing) -> Iterator[Wanted]:
-    """The next drawn setting of each leading arm and of plain DPO, fewest draws first."""
+    """The next drawn setting of each leading arm and of plain DPO, fewest draws first.
+
+    Settings are drawn in rounds, one of each arm, when all arms as they are recommended have come
+    to that rung and the rounds before have: what they are depends on these results and on no
+    others, however many workers there are.
+    """
     plan, shape = now.plan, now.plan.shape
-    if not shape.draws:
+    running = [running.task for running in now.study.running if running.task.rung <= plan.draw_rung]
+    if not shape.draws or any(not task.trial.draw for task in running):
         return
-    screened = now.at(0)
-    order = list(dict.fromkeys(e.task.trial.arm for e in screened))
     plain = plan.plain.name
     # What a person asked for makes no arm a leading one, and takes no draw from any.
     own = {
         a.name: [t for t in now.draws_of(a.name) if t.origin is not Origin.HAND] for a in plan.arms
     }
-    drawn = {arm for arm, trials in own.items() if trials} - {plain}
-    by_value = [arm for arm in order if arm != plain]
-    allowed = now.allowed(shape.leading, 1) if plan.draw_rung else _of_first(now, shape.leading)
-    leading = [arm for arm in by_value if arm in drawn]
-    leading += [arm for arm in by_value if arm not in drawn]
-    leading = leading[: max(allowed, len(drawn))]
-    arms = leading + ([plain] if any(e.task.trial.arm == plain for e in screened) else [])
+    belief = believe(plan, _known_to(now, own, 0))
+    screened = {e.task.trial.arm for e in now.at(0) if not e.task.trial.draw}
+    order = sorted(screened, key=lambda arm: (-belief.value((arm, 0)), arm))
+    drawn = [arm for arm in order if own[arm] and arm != plain]
+    fresh = [arm for arm in order if not own[arm] and arm != plain]
+    leading = (drawn + fresh)[: max(shape.leading, len(drawn))]
+    fine = [e for e in now.measured if e.task.key == (plain, 0, 0, 0) and plan.accepts(e)]
+    arms = leading + [plain] * len(fine)
+    open_rounds = [_round_of(task.trial, own) for task in running]
     for arm in sorted(arms, key=lambda arm: len(own[arm])):
-        if len(own[arm]) < shape.draws and (trial := _next_draw(now, plan.arm(arm))) is not None:
+        number = len(own[arm])
+        if number >= shape.draws or any(of < number for of in open_rounds):
+            continue
+        known = _known_to(now, own, number)
+        if (trial := _next_draw(now, plan.arm(arm), known)) is not None:
             yield Task(trial, plan.draw_rung, 0), f"{arm} leads, and its strengths are tuned"
 
 
-def _of_first(now: Standing, number: int) -> int:
-    """As `allowed`, where settings are drawn at the first rung itself."""
-    names = {arm.name for arm in now.plan.screened}
-    screen = [key for key in now.tasks if key[0] in names and key[1:] == (0, 0, 0)]
-    done = sum(e.task.key in screen for e in now.study.ended)
-    return number * done // max(len(screen), 1)
+Own = Mapping[str, Sequence[Trial]]
 
 
-def _next_draw(now: Standing, arm: Arm) -> Trial | None:
+def _round_of(trial: Trial, own: Own) -> int:
+    """In which round a setting was drawn, from 0; -1 of those that were not."""
+    return own[trial.arm].index(trial) if trial in own[trial.arm] else -1
+
+
+def _known_to(now: Standing, own: Own, number: int) -> Study:
+    """What settings of a round are drawn by: results up to that rung, of rounds before it."""
+    rung = now.plan.draw_rung
+    return Study(
+        ended=tuple(
+            ended
+            for ended in now.study.ended
+            if ended.task.rung <= rung
+            and not ended.task.trial.repeat
+            and _round_of(ended.task.trial, own) < number
+        )
+    )
+
+
+def _next_draw(now: Standing, arm: Arm, known: Study) -> Trial | None:
     """The next drawn trial of an arm; None where a pool has none left.
 
     Of some settings drawn from the mix the one with the largest expected improvement over the
@@ -226,11 +246,15 @@ def _next_draw(now: Standing, arm: Arm) -> Trial | None:
     plan = now.plan
     drawn = now.draws_of(arm.name)
     number = 1 + max((trial.draw for trial in drawn), default=0)
-    best = [
-        ended.task.trial.setting
-        for ended in now.at(plan.draw_rung)
+    belief = believe(plan, known)
+    own = [
+        ended.task.trial
+        for ended in known.ended
         if ended.task.trial.arm == arm.name
+        and ended.task.rung == plan.draw_rung
+        and ended.task.key not in now.failed
     ]
+    own.sort(key=lambda trial: (-belief.value(trial.config), trial.key))
     proposals: dict[Config, tuple[Setting, Density]] = {}
     tried = [RECOMMENDED, *(trial.setting for trial in drawn)]
     for turn in range(PROPOSALS):
@@ -238,18 +262,22 @@ def _next_draw(now: Standing, arm: Arm) -> Trial | None:
             seed=f"{plan.seed}:{arm.name}:{number}:{turn}",
             dimensions=active_dimensions(arm.candidate),
             rung=plan.draw_rung,
-            best=best[:_BEST_FOR_DRAWS],
+            best=[trial.setting for trial in own[:_BEST_FOR_DRAWS]],
             tried=tried,
             pool=plan.pool,
         )
         if found is None:
             return None
         proposals[arm.name, -1 - turn] = found
-    belief = believe(plan, now.study, proposed={c: s for c, (s, _) in proposals.items()})
-    top = max(belief.value((arm.name, draw)) for draw in [0, *(t.draw for t in drawn)])
+    belief = believe(plan, known, proposed={c: s for c, (s, _) in proposals.items()})
+    top = max(belief.value(config) for config in belief.configs if _is_tried(arm, config))
     chosen = max(proposals, key=lambda config: (belief.improvement(config, top), config[1]))
     setting, density = proposals[chosen]
     return Trial(arm.name, number, 0, setting, Origin(density.value))
+
+
+def _is_tried(arm: Arm, config: Config) -> bool:
+    return config[0] == arm.name and config[1] >= 0
 
 
 def _repeated(now: Standing) -> Iterator[Wanted]:

@@ -11,12 +11,14 @@ from selection.quote import Costs, costs_of
 from selection.study import (
     HARD_LIMIT,
     Ended,
+    Origin,
     Plan,
     Start,
     Study,
     Task,
     Trial,
     failed_tasks,
+    places_left,
 )
 
 _RESERVE_AT_MOST = 0.7
@@ -36,6 +38,7 @@ class Standing:
         self.study = study
         self.tasks = {task.key: task for task in study.tasks}
         self.measured = sorted((e for e in study.ended if e.is_measured), key=lambda e: e.task.key)
+        self._beliefs: dict[int, Belief] = {}
         self.trials = {task.trial.key: task.trial for task in self.tasks.values()}
         for task in self.tasks.values():
             plan.arm(task.trial.arm)
@@ -64,31 +67,58 @@ class Standing:
         of = "" if limit is None else f" of {limit:.0f}"
         return f"{self.study.spent_seconds:.0f}{of} device seconds are spent"
 
+    def belief_below(self, rung: int) -> Belief:
+        """What the results up to a rung say: who goes on from it is chosen by these.
+
+        Those of longer rungs come in another order whenever workers are faster or die, and who goes
+        on is not to depend on that.
+        """
+        if rung not in self._beliefs:
+            known = tuple(ended for ended in self.study.ended if ended.task.rung <= rung)
+            self._beliefs[rung] = believe(self.plan, Study(ended=known))
+        return self._beliefs[rung]
+
     def at(self, rung: int) -> list[Ended]:
         """Feasible results of a rung, first seeds only; best expected at full length first."""
         found = [
             ended
             for ended in self.measured
-            if ended.task.rung == rung and not ended.task.trial.repeat and self.plan.accepts(ended)
+            if ended.task.rung == rung
+            and not ended.task.trial.repeat
+            and ended.task.key not in self.failed
         ]
-        return sorted(found, key=lambda e: (-self.belief.value(e.task.trial.config), e.task.key))
+        belief = self.belief_below(rung)
+        return sorted(found, key=lambda e: (-belief.value(e.task.trial.config), e.task.key))
 
     def open_below(self, rung: int) -> int:
-        """Tasks of lower rungs that have not ended."""
-        open_tasks = [running.task for running in self.study.running] + list(self.study.waiting)
-        return sum(task.rung < rung for task in open_tasks)
+        """Tasks of lower rungs that somebody does. Who waits has been found too dear to start."""
+        return sum(running.task.rung < rung for running in self.study.running)
 
     def allowed(self, number: int, rung: int) -> int:
         """How many of `number` may go on to a rung while tasks before it still run.
 
-        All when none does; else the part of the rung below that has ended, rounded down: the best
-        1/eta of those that are done (1810.05934).
+        As many as there would be if all of these came out ahead, and those that are yet to come to
+        the rung below: who goes early would have gone anyhow, and the order in which workers end
+        changes nothing.
         """
         running = self.open_below(rung)
-        if not running:
-            return number
-        done = sum(ended.task.rung == rung - 1 for ended in self.study.ended)
-        return number * done // (done + running)
+        return max(0, number - running - self.to_come(rung)) if running else number
+
+    def to_come(self, rung: int) -> int:
+        """Tasks of lower rungs that the shape has places for, and nobody has started."""
+        plan, shape = self.plan, self.plan.shape
+        found = 0
+        if rung > plan.draw_rung:
+            drawn = {
+                t.config for t in self.trials.values() if t.draw and t.origin is not Origin.HAND
+            }
+            found += max(0, (shape.leading + 1) * shape.draws - len(drawn))
+        for below in range(1, rung):
+            places = shape.kept[below - 1] + 1
+            ahead = [t for t in self.tasks.values() if t.rung == below and t.start]
+            usable = sum(task.key not in self.failed for task in ahead)
+            found += places_left(places, len(ahead), usable)
+        return found
 
     def has(self, config: Config, rung: int, *, repeat: int = 0) -> bool:
         return (*config, repeat, rung) in self.tasks

@@ -137,7 +137,7 @@ def test_no_more_tasks_run_at_once_than_parallelism_allows(world: TrainingWorld)
 
 def test_who_could_not_help_often_enough_is_asked_no_more(world: TrainingWorld) -> None:
     live_workers(world, 4)
-    parent, study_id = begun(world, auto(shape="least"))
+    parent, study_id = begun(world, auto(shape="lean"))
     asked = 0
     for _ in range(MAX_FAILED_HELPERS + 1):
         assert isinstance(claim(parent, study_id), Claimed)
