@@ -7,6 +7,7 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import JSON, UnaryExpression
 
 import models
+from models.migrate import VERSION_TABLE
 from models.session import make_engine
 from models.types import EnumText
 
@@ -44,7 +45,7 @@ with engine.connect() as connection:
         connection=connection,
         target_metadata=models.Base.metadata,
         render_as_batch=is_sqlite,
-        version_table="kdpo_schema_version",
+        version_table=VERSION_TABLE,
         compare_type=True,
         render_item=render_plain,
         include_object=is_compared,

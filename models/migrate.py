@@ -10,6 +10,9 @@ from alembic.script import ScriptDirectory
 import migrations
 from models.session import make_engine
 
+VERSION_TABLE = "kdpo_schema_version"
+"""Another one than Alembic's default, so that a database may be shared."""
+
 
 def alembic_config(url: str) -> Config:
     """Return Alembic's configuration for one database."""
@@ -30,7 +33,8 @@ def is_newest(url: str) -> bool:
     engine = make_engine(url, pool_size=1)
     try:
         with engine.connect() as connection:
-            found = MigrationContext.configure(connection).get_current_heads()
+            told = {"version_table": VERSION_TABLE}
+            found = MigrationContext.configure(connection, opts=told).get_current_heads()
     finally:
         engine.dispose()
     return set(found) == set(newest)

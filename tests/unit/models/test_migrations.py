@@ -8,10 +8,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
 
 from models.base import Base
-from models.migrate import alembic_config, upgrade
+from models.migrate import VERSION_TABLE, alembic_config, is_newest, upgrade
 from models.session import make_engine
-
-VERSION_TABLE = "kdpo_schema_version"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -39,6 +37,14 @@ def test_upgrade_makes_every_table_and_may_be_repeated(empty_url: str) -> None:
     assert table_names(empty_url) == set(Base.metadata.tables)
     upgrade(empty_url)
     assert table_names(empty_url) == set(Base.metadata.tables)
+
+
+def test_newest_is_told_from_older(empty_url: str) -> None:
+    assert not is_newest(empty_url)
+    upgrade(empty_url)
+    assert is_newest(empty_url)
+    command.downgrade(alembic_config(empty_url), "-1")
+    assert not is_newest(empty_url)
 
 
 def test_tables_of_the_code_are_those_of_the_migrations(empty_url: str) -> None:
