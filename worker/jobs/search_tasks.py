@@ -41,7 +41,8 @@ def scope_of(number: int) -> str:
 class TaskHooks:
     """Hooks of a trial on its way to a rung: it notes what it costs and stops at its limit.
 
-    `score_s` of its limit are for scoring.
+    `score_s` of its limit are for scoring. No step is begun that would pass it, if it takes as long
+    as the longest one so far.
     """
 
     inner: ScopeHooks
@@ -50,6 +51,8 @@ class TaskHooks:
     score_s: float
     began: float = field(default_factory=time.monotonic)
     _noted: float = 0.0
+    _last: float | None = None
+    _longest: float = 0.0
 
     @property
     def spent(self) -> float:
@@ -69,7 +72,11 @@ class TaskHooks:
         """
         self.inner.stepped(step, total)
         self._note()
-        if step < total and self.spent > self.limit_s - self.score_s:
+        spent = self.spent
+        if self._last is not None:
+            self._longest = max(self._longest, spent - self._last)
+        self._last = spent
+        if step < total and spent + self._longest > self.limit_s - self.score_s:
             raise Ended(
                 EndedBy.PRUNER, f"step {step} of {total}: its limit of {self.limit_s:.1f} s is over"
             )
