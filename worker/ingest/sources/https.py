@@ -167,7 +167,6 @@ class HttpsFile:
         if length is not None and received != length:
             raise _unreachable(self._location, f"the answer ended after {received} bytes")
 
-
     def _is_the_rest(self, told: str, offset: int, etag: str | None) -> bool:
         """Whether a part is what was asked for: from `offset` to the end of the same version."""
         found = _RANGE.fullmatch(told.strip())
