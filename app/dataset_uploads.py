@@ -23,6 +23,7 @@ UPLOAD_FIELDS: dict[str, Any] = {
     "file": {
         "type": "string",
         "format": "binary",
+        "minLength": 1,
         "description": "preference data: JSON Lines, a JSON array, CSV or TSV "
         "(plain, gzip, zstd, xz), Parquet, Arrow, or a zip or tar of these",
     },

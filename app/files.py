@@ -48,7 +48,7 @@ _FILE_BODY: dict[str, Any] = {
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
                     "properties": {
-                        "file": {"type": "string", "format": "binary"},
+                        "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": [*FilePurpose]},
                         _ANCHOR: {"type": "string", "enum": ["created_at"]},
                         _SECONDS: {"type": "integer", "minimum": 3600, "maximum": 2592000},

@@ -53,7 +53,7 @@ _PART_BODY = {
                     "type": "object",
                     "required": ["data"],
                     "additionalProperties": False,
-                    "properties": {"data": {"type": "string", "format": "binary"}},
+                    "properties": {"data": {"type": "string", "format": "binary", "minLength": 1}},
                 },
                 "examples": {"part": {"value": {"data": "the next 64 MB of the file"}}},
             }

@@ -27,7 +27,7 @@ router = APIRouter(tags=["usage"])
 
 MAX_DAYS = 366
 _DAYS = 30
-_LARGEST = 2**62
+_LARGEST = 2**53
 OwnerId = Annotated[str, Path(pattern=ID_PATTERN)]
 Limit = Annotated[int, Field(ge=0, le=_LARGEST)] | Literal["unlimited"] | None
 

@@ -38,6 +38,7 @@ SEMANTIC = {
     "get_job": "a version to wait for, without `wait`",
     "list_fine_tuning_events": "a cursor is a number or an id",
     "list_job_events": "a cursor is a number or an id",
+    "get_job_logs": "lines from the start or from the end, not both",
     "create_study": "models, budgets and hyperparameters that need each other",
     "clone_study": "what is given must go with what the study has",
     "update_study": "something must change",
