@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from app.deps import Caller, Config
+from app.deps import Caller
 from app.job_views import JobViewer, queue_place
 from app.responses import etag_matches
 from app.streams import Followers
 from core.errors import Changed, InvalidInput
 from core.lifecycle import JobKind
+from core.settings import Settings
 from models.job import Job
 from models.repositories.jobs import JobRepository
 from models.session import Database
@@ -72,7 +73,7 @@ class Waiting:
 
 
 async def waiting(
-    settings: Config,
+    request: Request,
     wait: Annotated[
         float | None,
         Query(ge=0, le=3600, description="seconds to wait for a change; cut to `api.wait_max_s`"),
@@ -94,6 +95,7 @@ async def waiting(
                 param="if_version",
             )
         return None
+    settings: Settings = request.app.state.settings
     return Waiting(min(wait, settings.api.wait_max_s), if_version)
 
 

@@ -89,9 +89,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def authenticate(
-    request: Request, credentials: Credentials, database: Db, settings: Config
-) -> Caller:
+def authenticate(request: Request, credentials: Credentials) -> Caller:
     """Return who asks.
 
     Raises:
@@ -99,6 +97,8 @@ def authenticate(
         TooManyRequests: the key has asked too often.
         NotPermitted: keys are off, and a web page of somebody else asks.
     """
+    settings: Settings = request.app.state.settings
+    database: Database = request.app.state.database
     if not settings.auth.required:
         refuse_foreign_pages(request, settings)
         owner_id: str = request.app.state.default_owner_id

@@ -210,14 +210,14 @@ def fine_tuning_job(
     session: Session, job: Job, /, *, place: QueuePlace | None = None
 ) -> FineTuningJob:
     """Return the view of a training job."""
-    made = ExperimentRepository(session).made_by([job.id]).get(job.id, Made())
+    made = ExperimentRepository(session).made_by([job]).get(job.id, Made())
     return _fine_tuning_job(job, _beside(session, [job], place)[job.id], made)
 
 
 def fine_tuning_jobs(session: Session, jobs: Sequence[Job]) -> list[FineTuningJob]:
     """Return the views of training jobs, with as many queries as for one."""
     beside = _beside(session, jobs)
-    made = ExperimentRepository(session).made_by([job.id for job in jobs])
+    made = ExperimentRepository(session).made_by(jobs)
     return [_fine_tuning_job(job, beside[job.id], made.get(job.id, Made())) for job in jobs]
 
 
@@ -298,7 +298,7 @@ def _beside(
     session: Session, jobs: Sequence[Job], place: QueuePlace | None = None
 ) -> dict[str, _Beside]:
     """Read what is beside the jobs' rows; `place` is known of one of them alone."""
-    steps = StepRepository(session).of_jobs([job.id for job in jobs])
+    steps = StepRepository(session).of_jobs(jobs)
     ahead = {} if place is not None else JobRepository(session).queue_positions(jobs)
     return {job.id: _Beside(place or _place(ahead.get(job.id)), steps[job.id]) for job in jobs}
 

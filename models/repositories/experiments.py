@@ -105,10 +105,13 @@ class ExperimentRepository:
         statement = select(StudyRow).where(StudyRow.job_id == job_id)
         return self._session.execute(statement).scalar_one_or_none()
 
-    def made_by(self, job_ids: Collection[str]) -> dict[str, Made]:
-        """Return what the jobs have made, of those that have made something."""
+    def made_by(self, jobs: Collection[Job]) -> dict[str, Made]:
+        """Return what attempts at the jobs have made, of those that have made something."""
         found: dict[str, Made] = {}
-        rows = self._session.execute(_MADE, {"job_ids": list(job_ids)})
+        job_ids = [job.id for job in jobs if job.attempt > 0]
+        if not job_ids:
+            return found
+        rows = self._session.execute(_MADE, {"job_ids": job_ids})
         for job_id, study_id, quotes, recommendation_id in rows:
             known = found.get(job_id, Made())
             if study_id is None:

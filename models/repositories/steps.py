@@ -7,7 +7,7 @@ from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from core.lifecycle import EventType, StepStatus
-from models.job import JobStep
+from models.job import Job, JobStep
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
 from models.types import db_now
@@ -44,10 +44,13 @@ class StepRepository:
         statement = select(JobStep).where(JobStep.job_id == job_id).order_by(JobStep.position)
         return list(self._session.execute(statement).scalars())
 
-    def of_jobs(self, job_ids: Collection[str]) -> dict[str, list[JobStep]]:
-        """Return the steps of many jobs, those of each in order."""
-        found: dict[str, list[JobStep]] = {job_id: [] for job_id in job_ids}
-        for step in self._session.execute(_OF_JOBS, {"job_ids": list(job_ids)}).scalars():
+    def of_jobs(self, jobs: Collection[Job]) -> dict[str, list[JobStep]]:
+        """Return the steps of many jobs, those of each in order; an attempt writes them down."""
+        found: dict[str, list[JobStep]] = {job.id: [] for job in jobs}
+        job_ids = [job.id for job in jobs if job.attempt > 0]
+        if not job_ids:
+            return found
+        for step in self._session.execute(_OF_JOBS, {"job_ids": job_ids}).scalars():
             found[step.job_id].append(step)
         return found
 
