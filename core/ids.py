@@ -5,6 +5,7 @@ import time
 from enum import StrEnum
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+ULID_LENGTH = 26
 
 
 class IdPrefix(StrEnum):
@@ -43,3 +44,14 @@ def ulid(unix_ms: int | None = None) -> str:
 def new_id(prefix: IdPrefix) -> str:
     """Return a fresh id such as `ds_01j…`."""
     return f"{prefix.value}{ulid()}"
+
+
+def made_at(public_id: str) -> float:
+    """Return the unix seconds that an id says it was made at; 0 where it says none."""
+    digits = public_id[-ULID_LENGTH:].lower()
+    if len(digits) < ULID_LENGTH or not set(digits) <= set(_ALPHABET):
+        return 0.0
+    value = 0
+    for digit in digits:
+        value = value << 5 | _ALPHABET.index(digit)
+    return float(value >> 80) / 1000.0

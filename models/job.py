@@ -56,6 +56,7 @@ class Job(Identified, Owned, Base):
         ),
         Index("ix_job_list", "owner_id", "kind", "id"),
         Index("ix_job_status", "owner_id", "status", "id"),
+        Index("ix_job_newest", "owner_id", "created_at", "id"),
     )
 
     kind: Mapped[JobKind] = mapped_column(EnumText(JobKind))

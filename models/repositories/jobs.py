@@ -19,7 +19,7 @@ from models.repositories.job_moves import worker_lost
 from models.repositories.job_pages import JobFilter
 from models.repositories.job_pauses import JobPauses
 from models.repositories.job_requests import JobRequests
-from models.repositories.paging import Page, PageQuery, fetch_page
+from models.repositories.paging import Page, PageQuery, fetch_page, fetch_page_by_age
 from models.repositories.quotas import QuotaRepository
 from models.repositories.replays import note_made
 from models.types import db_now
@@ -111,10 +111,12 @@ class JobRepository(JobClaims, JobPauses, JobRequests):
         return job
 
     def page(self, owner_id: str, query: PageQuery, where: JobFilter | None = None) -> Page[Job]:
-        """Return one page of the owner's jobs."""
+        """Return one page of the owner's jobs; ids of one kind sort by age, those of all do not."""
         statement: Select[Job] = select(Job).where(Job.owner_id == owner_id)
         if where is not None:
             statement = statement.where(*where.conditions())
+        if where is None or where.kind is None:
+            return fetch_page_by_age(self._session, statement, Job.created_at, Job.id, query)
         return fetch_page(self._session, statement, Job.id, query)
 
     def retry(self, job: Job) -> Job:

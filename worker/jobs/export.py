@@ -5,7 +5,7 @@ from typing import Any
 
 from core.errors import FailureCode, NotFound, RunAborted
 from core.hub import fetch
-from core.ids import IdPrefix
+from core.ids import ULID_LENGTH, IdPrefix
 from core.lifecycle import Phase
 from core.modelref import ModelRef
 from models.experiment import Checkpoint
@@ -18,7 +18,6 @@ from worker.training.reference import model_hashes
 from worker.training.resolve import apply_threads
 
 _LABEL = "merged"
-ULID_LENGTH = 26
 
 
 def run(context: JobContext) -> dict[str, Any]:

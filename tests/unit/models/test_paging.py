@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.ids import IdPrefix, new_id
 from core.lifecycle import JobKind, JobStatus
 from models.repositories.job_pages import JobFilter
 from models.repositories.jobs import JobRepository
@@ -44,7 +45,8 @@ def expected(ids: list[str], query: PageQuery) -> tuple[list[str], bool]:
 
 def page_ids(database: Database, seeds: Seeds, query: PageQuery) -> tuple[list[str], bool]:
     with database.reading() as session:
-        page = JobRepository(session).page(seeds.owner_id, query)
+        one_kind = JobFilter(kind=JobKind.TRAINING)
+        page = JobRepository(session).page(seeds.owner_id, query, one_kind)
         return [job.id for job in page.rows], page.has_more
 
 
@@ -93,6 +95,32 @@ def test_new_rows_do_not_shift_a_walk(database: Database, seeds: Seeds, ids: lis
     seeds.job()
     second, _ = page_ids(database, seeds, PageQuery(limit=4, after=first[-1]))
     assert first + second == ids[::-1][:8]
+
+
+def test_jobs_of_all_kinds_are_listed_by_age(database: Database, seeds: Seeds) -> None:
+    kinds = (JobKind.TRAINING, JobKind.EXPORT, JobKind.RECOMMENDATION, JobKind.EVALUATION)
+    made = [seeds.job(kind=kind) for kind in kinds + kinds[::-1]]
+    assert made != sorted(made), "prefixes alone would give this order"
+
+    def listed(query: PageQuery) -> list[str]:
+        with database.reading() as session:
+            return [job.id for job in JobRepository(session).page(seeds.owner_id, query).rows]
+
+    assert listed(PageQuery()) == made[::-1]
+    assert listed(PageQuery(order="asc")) == made
+    for limit in (1, 3):
+        for number, cursor in enumerate(made):
+            later, earlier = made[number + 1 :], made[:number]
+            upwards = PageQuery(limit=limit, after=cursor, order="asc")
+            assert listed(upwards) == later[:limit]
+            assert listed(PageQuery(limit=limit, after=cursor)) == earlier[::-1][:limit]
+            assert listed(PageQuery(limit=limit, before=cursor)) == later[:limit][::-1]
+            before = PageQuery(limit=limit, before=cursor, order="asc")
+            assert listed(before) == earlier[-limit:]
+    gone = new_id(IdPrefix.JOB)
+    assert listed(PageQuery(after=gone)) == made[::-1]
+    assert listed(PageQuery(after=gone, order="asc")) == []
+    assert listed(PageQuery(after="no-id")) == []
 
 
 def test_filters_hold(database: Database, seeds: Seeds, ids: list[str]) -> None:
