@@ -317,11 +317,11 @@ class SearchRepository:
         )  # fmt: skip
 
     def _charge(self, study: StudyRow, seconds: float) -> None:
-        """Device time of a search is its job's, whoever worked."""
+        """Device time of a search is its job's, whoever worked; so is the progress."""
         charged = update(Job).where(Job.id == study.job_id)
         self._session.execute(
             charged.values(
-                gpu_seconds=Job.gpu_seconds + seconds, version=Job.version + 1
+                gpu_seconds=Job.gpu_seconds + seconds, losses=0, version=Job.version + 1
             ).execution_options(synchronize_session=False)
         )
         QuotaRepository(self._session).charge(study.job_id, seconds)

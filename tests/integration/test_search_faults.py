@@ -15,7 +15,7 @@ from core.queue import QueueName
 from core.results import TrainingResult
 from models.job import Job
 from models.repositories.jobs import JobRepository
-from models.repositories.searches import SearchRepository
+from models.repositories.searches import SearchRepository, TaskEnd
 from models.repositories.workers import WorkerRepository
 from selection.study import HARD_LIMIT
 from selection.wire import plan_from_json
@@ -177,6 +177,27 @@ def test_a_worker_that_loses_helpers_gets_no_more_of_them_and_takes_no_task_with
         jobs = JobRepository(session)
         assert jobs.claim(QueueName.GPU, worker_id="wrk_bad", lease_s=60.0) is None, "quarantined"
         assert jobs.claim(QueueName.GPU, worker_id="wrk_good", lease_s=60.0) is not None
+
+
+def test_what_a_helper_does_is_progress_of_the_job_that_it_helps(world: TrainingWorld) -> None:
+    """Else a job is given up whose own worker dies again and again while its search goes on."""
+    parent, study_id = begun(world, auto(shape="least"))
+    helper = helper_of(world, parent, study_id)
+    with world.database.transaction() as session:
+        JobRepository(session).lose(
+            parent.fence, message="killed", log_tail=[], max_losses=5, backoff_s=0.0
+        )
+    assert job_of(world, parent.fence.job_id).losses == 1
+    taken = claim(helper, study_id)
+    assert isinstance(taken, Claimed)
+    end = TaskEnd(
+        ended_by=EndedBy.BUDGET, seconds=1.0, log_loss=0.6, drift=0.01, feasible=True,
+        metrics={"steps": 5.0}, is_last=False,
+    )  # fmt: skip
+    with world.database.transaction() as session:
+        repository = SearchRepository(session)
+        repository.finish(helper.fence, repository.lock(study_id), taken.record, end)
+    assert job_of(world, parent.fence.job_id).losses == 0
 
 
 # ---------------------------------------------------------- trials that fail
