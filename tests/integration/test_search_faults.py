@@ -207,7 +207,7 @@ def test_what_a_helper_does_is_progress_of_the_job_that_it_helps(world: Training
     ("error", "ended_by"),
     [
         (torch.OutOfMemoryError("no room"), EndedBy.OOM),
-        (torch._C._LinAlgError("not positive-definite"), EndedBy.NAN),
+        (torch.linalg.LinAlgError("not positive-definite"), EndedBy.NAN),  # type: ignore[attr-defined]
     ],
 )
 def test_what_has_no_room_or_no_solution_is_one_trial_and_not_the_search(
