@@ -136,7 +136,7 @@ def test_a_database_on_the_same_disk_is_written_as_soon_as_it_has_room(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     disk = tmp_path / "disk"
-    with small_disk(disk, 12 * MIB):
+    with small_disk(disk, 16 * MIB):
         database = disk / "kdpo.db"
         shutil.copy(sqlite_url.removeprefix("sqlite:///"), database)
         with run_stack(disk, database=f"sqlite:///{database}", broker=None) as stack:
@@ -145,7 +145,7 @@ def test_a_database_on_the_same_disk_is_written_as_soon_as_it_has_room(
             job_id = stack.submit(pairs(12_000))
             filler = disk / "filler"
             room = os.statvfs(disk)
-            filler.write_bytes(bytes(room.f_bavail * room.f_bsize - 40_000))
+            filler.write_bytes(bytes(room.f_bavail * room.f_bsize - 90_000))
             working = threading.Thread(target=drain, args=(stack,))
             working.start()
             wait_for("a database without room", lambda: "its end waits" in caplog.text)
