@@ -56,7 +56,9 @@ async def list_dataset_rows(
     view: View = "canonical",
     form: Annotated[Literal["json", "jsonl", "parquet"], Query(alias="format")] = "json",
     limit: Annotated[int | None, Query(ge=1, le=100, description="rows on a page; 20")] = None,
-    after: Annotated[int | None, Query(ge=0, description="`number` of the last row seen")] = None,
+    after: Annotated[
+        int | None, Query(ge=0, lt=2**53, description="`number` of the last row seen")
+    ] = None,
 ) -> Response:
     """Return the pairs as kdpo reads them, or the rows that it rejected.
 

@@ -35,12 +35,26 @@ _EXAMPLE = (
     'id: 4\nevent: job.phase\ndata: {"object":"fine_tuning.job.event","seq":4}\n\n'
     'id: 5\nevent: done\ndata: {"object":"fine_tuning.job.event","seq":5}\n\n'
 )
+# One event; as FastAPI describes streams, in OpenAPI 3.2's way.
+_ITEM: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "`seq` of a stored event"},
+        "event": {
+            "type": "string",
+            "enum": ["snapshot", "job.progress", *(one.value for one in EventType)],
+        },
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "retry": {"type": "integer", "minimum": 0},
+    },
+}
 EVENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A page of events; with `Accept: text/event-stream` or `stream=true` a "
         "stream: `snapshot` (the whole job), its events from the cursor on, `job.progress` at most "
         "once a second, `done`, and then the end",
-        "content": {STREAM_TYPE: {"schema": {"type": "string"}, "example": _EXAMPLE}},
+        "content": {STREAM_TYPE: {"itemSchema": _ITEM, "example": _EXAMPLE}},
     },
     204: {"description": "A stream is over and the client has all of it: do not connect again"},
 }

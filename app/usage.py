@@ -1,10 +1,11 @@
 """What a caller is, has used, and may use."""
 
+import re
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from app.api_keys import KeyView, key_view
@@ -28,8 +29,19 @@ router = APIRouter(tags=["usage"])
 MAX_DAYS = 366
 _DAYS = 30
 _LARGEST = 2**53
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 OwnerId = Annotated[str, Path(pattern=ID_PATTERN)]
 Limit = Annotated[int, Field(ge=0, le=_LARGEST)] | Literal["unlimited"] | None
+
+
+def _as_written(given: object) -> object:
+    """Refuse what pydantic takes for a day as well: seconds and times."""
+    if isinstance(given, str) and _DAY.fullmatch(given) is None:
+        raise ValueError("expected a day, such as 2026-01-31")
+    return given
+
+
+Day = Annotated[date, BeforeValidator(_as_written)]
 
 
 class OwnerView(Schema):
@@ -132,8 +144,8 @@ def get_me(caller: AnyCaller, database: Db, settings: Config) -> Me:
 def get_usage(
     caller: AnyCaller,
     database: Db,
-    start: Annotated[date | None, Query(description="first day, UTC; default: 30 days")] = None,
-    end: Annotated[date | None, Query(description="last day, UTC; default: today")] = None,
+    start: Annotated[Day | None, Query(description="first day, UTC; default: 30 days")] = None,
+    end: Annotated[Day | None, Query(description="last day, UTC; default: today")] = None,
 ) -> Usage:
     """Return device seconds by day and kind of job, and what is stored now."""
     last = end or datetime.now(UTC).date()

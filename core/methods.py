@@ -32,7 +32,13 @@ class TrainHyperparameters(FinalRunSpec):
 
     @model_validator(mode="after")
     def _adapter_exists(self) -> Self:
-        given = sorted({"lora_r", "lora_alpha"} & self.model_fields_set)
+        # By value: what was stored has what was not given as well.
+        defaults = TrainHyperparameters.model_fields
+        given = [
+            name
+            for name, value in (("lora_alpha", self.lora_alpha), ("lora_r", self.lora_r))
+            if value != defaults[name].default
+        ]
         if self.adaptation == "full" and given:
             raise ValueError(
                 f"{' and '.join(given)} describe an adapter and adaptation `full` has none: drop it"

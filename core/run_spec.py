@@ -89,7 +89,8 @@ class TrainSpec(FinalRunSpec):
 
     @model_validator(mode="after")
     def _adapter_exists(self) -> Self:
-        if self.adaptation == "full" and "lora" in self.model_fields_set:
+        # By value: what was stored has what was not given as well.
+        if self.adaptation == "full" and self.lora != LoraSpec():
             raise ValueError("lora describes an adapter and adaptation `full` has none: drop it")
         return self
 

@@ -235,6 +235,22 @@ def test_running_job_shows_progress(world: World) -> None:
     assert view["queue"]["position"] is None
 
 
+@pytest.mark.parametrize("pair", [{}, {"kernel": "rbf"}], ids=["dpo", "kernel_dpo"])
+def test_a_job_may_train_all_weights(world: World, pair: dict[str, str]) -> None:
+    kind = "kernel_dpo" if pair else "dpo"
+    dataset = world.dataset()
+
+    def method(**params: object) -> dict[str, Any]:
+        return {"type": kind, kind: {**pair, "hyperparameters": {"adaptation": "full", **params}}}
+
+    job = world.training_job(dataset, method=method())
+    assert job["method"][kind]["hyperparameters"]["adaptation"] == "full"
+    assert world.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["method"] == job["method"]
+    body = {"model": "tiny-lm", "dataset_id": dataset, "method": method(lora_r=4)}
+    refused = world.post("/v1/fine_tuning/jobs", json=body)
+    assert "lora_r describe an adapter" in check_problem(refused, 422, "invalid_input")["detail"]
+
+
 def test_the_estimate_is_what_the_search_has_promised_last(world: World) -> None:
     study_id = running_search(world, world.dataset())
     job = f"/v1/fine_tuning/jobs/{world.get(f'/v1/studies/{study_id}').json()['job_id']}"

@@ -290,6 +290,8 @@ def test_bad_limits_are_refused(world: World, value: object) -> None:
 def test_usage_wants_days_in_order(world: World) -> None:
     for days in ({"start": "2026-02-01", "end": "2026-01-01"}, {"start": "2020-01-01"}):
         assert world.get("/v1/usage", params=days).status_code == 422
+    for day in ("0", "0.0", "1767225600", "2026-02-01T00:00:00", "20260201"):
+        assert world.get("/v1/usage", params={"end": day}).status_code == 422
     one = world.get("/v1/usage", params={"start": "2026-02-01", "end": "2026-02-01"})
     assert one.json()["start"] == one.json()["end"] == "2026-02-01"
 

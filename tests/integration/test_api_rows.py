@@ -153,6 +153,12 @@ def test_pages_are_of_json_only(world: World, query: str) -> None:
     assert world.get(f"/v1/datasets/{made}/rows?{query}").status_code == 200
 
 
+def test_a_page_far_behind_the_last_row_is_empty(world: World) -> None:
+    url = f"/v1/datasets/{dataset(world, conversations(20))}/rows?after="
+    assert world.get(f"{url}{2**53 - 1}").json()["data"] == []
+    check_problem(world.get(f"{url}{2**66}"), 422, "invalid_input")
+
+
 def test_rows_are_the_owners_and_there_when_they_are(world: World) -> None:
     made = world.upload(conversations(20)).json()["id"]
     for form in ("json", *TYPES):

@@ -32,6 +32,8 @@ def test_every_operation_does_what_its_example_asks_for(live: Live) -> None:
             label = f"{operation.label} example {number} {kind or ''}"
             try:
                 status = _ask(live, operation, kind, body)
+                if operation.path.endswith("/events"):
+                    _follow(live, operation)
             except (AssertionError, FailureGroup) as error:
                 wrong.append(f"{label}:\n{error}"[:1500])
                 continue
@@ -97,6 +99,18 @@ def _ask(live: Live, operation: APIOperation, kind: str | None, body: Any) -> in
         )
         assert (again.status_code, again.content) == (304, b""), operation.label
     return response.status_code
+
+
+def _follow(live: Live, operation: APIOperation) -> None:
+    """Read the stream of a job that has ended, which ends."""
+    case = operation.Case(path_parameters={"job_id": live.ids["job_id"]}, query={"stream": "true"})
+    response = case.call(base_url=live.url, session=live.session)
+    case.validate_response(
+        response, transport_kwargs={"base_url": live.url, "session": live.session}
+    )
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    assert b"event: snapshot" in response.content
+    assert b"event: done" in response.content
 
 
 def _query(live: Live, operation: APIOperation) -> dict[str, str]:
