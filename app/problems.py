@@ -14,6 +14,7 @@ EXPLANATIONS = {
     "answer_not_kept": "The request was done before, and its answer is one that is never stored, "
     "such as a new secret.",
     "broker_unavailable": "The message broker does not answer. Work is kept and sent later.",
+    "budget_reached": "The search has as many trials as `max_trials` allows. Raise it first.",
     "cancel_requested": "The job was asked to stop.",
     "canonical_damaged": "The stored rows of a dataset have changed on disk. Upload it again.",
     "checkpoint_corrupt": "A file of the checkpoint is not the one that was published.",
@@ -94,6 +95,9 @@ EXPLANATIONS = {
     "source_too_slow": "The source took longer than this server waits.",
     "source_unreachable": "The server of the source does not answer as it should.",
     "source_unreadable": "The source is there and holds nothing that can be read as data.",
+    "study_busy": "Others changed the search at the same moment. Read it, and change it again.",
+    "study_ended": "The search has ended or is being cancelled, and takes no more orders. Clone it "
+    "to go on from what it knows.",
     "too_few_pairs": "The dataset has too few distinct preference pairs.",
     "too_few_prompts": "The dataset has too few distinct prompts.",
     "too_large": "The request is larger than this server takes.",
@@ -104,6 +108,9 @@ EXPLANATIONS = {
     "too_many_members": "The archive holds more files than this server takes.",
     "too_many_webhooks": "You have as many webhooks as this server takes. Delete one.",
     "too_many_rows": "The file has more rows than this server takes.",
+    "trial_exists": "The search has a trial with this very setting already.",
+    "trial_not_failed": "Only a trial that failed or was cut by its limit of time can be tried "
+    "again.",
     "truncated_gzip": "The gzip stream was cut off. Upload the whole file again.",
     "truncated_json": "The JSON of the file was cut off. Upload the whole file again.",
     "truncated_xz": "The xz stream was cut off. Upload the whole file again.",

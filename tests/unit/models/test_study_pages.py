@@ -1,4 +1,4 @@
-"""Pages of trials against a plain list, whatever the order; best and tally of several studies."""
+"""Pages of trials against a plain list, whatever the order; tally and measurements of several studies."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +9,9 @@ from core.lifecycle import EndedBy, TrialStatus
 from models.experiment import StudyRow, TrialRow
 from models.repositories.experiments import ExperimentRepository
 from models.repositories.paging import PageQuery
+from models.repositories.searches import SearchRepository
 from models.repositories.studies import StudyRepository, Tally, TrialOrder
+from models.repositories.task_records import TaskEnd, TrialKey
 from models.session import Database
 from tests.unit.models.seeds import Seeds
 
@@ -26,18 +28,22 @@ def study_of(seeds: Seeds, *losses: float | None) -> str:
     seeds.job()
     fence = seeds.claimed().fence
     with seeds.database.transaction() as session:
-        experiments = ExperimentRepository(session)
-        study = experiments.ensure_study(fence, owner_id=seeds.owner_id, spec={})
+        searches = SearchRepository(session)
+        study = searches.create(fence, owner_id=seeds.owner_id, spec={}, plan={}, shape="auto")
         for number, loss in enumerate(losses):
-            experiments.start_trial(
-                fence, study, number=number, origin="sampler", candidate={}, label="dpo"
-            )
-            experiments.finish_trial(
-                fence, study, number=number, log_loss=loss, drift=0.1, metrics={},
-                status=TrialStatus.FAIL if loss is None else TrialStatus.COMPLETE,
-                ended_by=EndedBy.NAN if loss is None else EndedBy.BUDGET,
-                feasible=loss is not None and number != INFEASIBLE, gpu_seconds=0.5,
+            record = searches.add(
+                study, TrialKey("dpo", number, 0), rung=0, start=0, setting={}, origin="prior",
+                candidate={}, reason="a test",
             )  # fmt: skip
+            searches.take(fence, study, record, limit_seconds=None, label="dpo")
+            session.refresh(record.task)
+            end = TaskEnd(
+                ended_by=EndedBy.NAN if loss is None else EndedBy.BUDGET, seconds=0.5,
+                log_loss=loss, drift=None if loss is None else 0.1,
+                feasible=loss is not None and number != INFEASIBLE,
+                metrics={} if loss is None else {"steps": 4.0}, is_last=True,
+            )  # fmt: skip
+            searches.finish(fence, study, record, end)
         return study.id
 
 
@@ -99,18 +105,25 @@ def test_states_and_orders_of_pages(database: Database, study: str) -> None:
             studies.trial(study, 99)
 
 
-def test_best_and_tally_of_several_studies(database: Database, seeds: Seeds, study: str) -> None:
+def test_tally_and_measurements_of_several_studies(
+    database: Database, seeds: Seeds, study: str
+) -> None:
     empty, failed = study_of(seeds), study_of(seeds, None)
     with database.reading() as session:
         studies = StudyRepository(session)
         ids = [study, empty, failed]
-        assert {id_: row.number for id_, row in studies.best(ids).items()} == {study: 1}
+        measured = studies.measurements(ids)
+        assert {id_: [one.log_loss for one in found] for id_, found in measured.items()} == {
+            study: [loss for loss in LOSSES if loss is not None],
+            empty: [],
+            failed: [],
+        }
         assert studies.tallies(ids) == {
             study: Tally({TrialStatus.COMPLETE: 6, TrialStatus.FAIL: 2}, 4.0),
             empty: Tally(),
             failed: Tally({TrialStatus.FAIL: 1}, 0.5),
         }
-        assert studies.best([]) == studies.tallies([]) == {}
+        assert studies.measurements([]) == studies.tallies([]) == {}
         page = studies.page(seeds.owner_id, PageQuery(order="asc"))
         assert [row.id for row in page.rows] == ids
         assert all(isinstance(row, StudyRow) for row in page.rows)
