@@ -12,7 +12,9 @@ STAMP := $(VENV)/.setup-done
 # Tiny models gain nothing from threads, and the exactness tests fix the number of threads.
 # Files run beside each other on up to four cores; `TEST_PROCESSES=0` runs one after the other.
 TEST_PROCESSES ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses=4 --dist loadfile
+# tests/conftest.py puts the files that take longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses=4 \
+  --dist loadfile --no-loadscope-reorder
 
 # Compares the tables with a database that is at the newest revision.
 define NEW_REVISION
@@ -49,7 +51,8 @@ demo: setup ## Upload, recommend, train and compare on a tiny model, on this mac
 test: setup ## Run every test, end-to-end ones included (minutes)
 	$(PYTEST)
 
-soak: setup ## Send 20,000 requests that follow and break the OpenAPI document; kill a search's workers 50 times (an hour)
+soak: setup ## Run the long tests, kill a search's workers 50 times, send 20,000 good and bad requests (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 	SEARCH_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_search_workers.py
 	SCHEMA_CASES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_schema.py
 

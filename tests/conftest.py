@@ -13,6 +13,8 @@ from sqlalchemy import make_url
 
 from tests.servers import RedisServer, ServerMissing, run_postgres, run_redis
 
+_TESTS = Path(__file__).parent
+
 
 def _without(missing: ServerMissing) -> NoReturn:
     """A server that is missing fails under CI and skips with its reason on a laptop."""
@@ -30,6 +32,19 @@ def _execute(admin_url: str, statement: str) -> None:
 def _named(admin_url: str, database: str) -> str:
     url = make_url(admin_url).set(database=database, drivername="postgresql+psycopg")
     return url.render_as_string(hide_password=False)
+
+
+# Files whose tests start processes; those that take longest come first, so that the cores end
+# together.
+_LONG = ("e2e", "integration/test_search", "integration/test_schema", "integration")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(_TESTS).as_posix()
+        return next((n for n, long in enumerate(_LONG) if path.startswith(long)), len(_LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

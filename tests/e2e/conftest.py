@@ -5,8 +5,6 @@ import pytest
 
 from tests.e2e.service import EXAMPLES, Service
 
-SETUPS = ("embedded", "full")
-
 
 @pytest.fixture
 def small_dataset(tmp_path: Path) -> Path:
@@ -17,9 +15,9 @@ def small_dataset(tmp_path: Path) -> Path:
     return target
 
 
-@pytest.fixture(params=SETUPS)
+@pytest.fixture(params=[pytest.param("embedded", marks=pytest.mark.soak), "full"])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Service:
-    """A service that is not started yet, on both setups."""
+    """A service that is not started yet, on both setups; `make demo` is on the embedded one."""
     if request.param == "embedded":
         return Service.embedded(tmp_path)
     return Service.full(

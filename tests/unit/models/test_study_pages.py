@@ -1,4 +1,4 @@
-"""Pages of trials against a plain list, whatever the order; tally and measurements of several studies."""
+"""Pages of trials against a plain list, whatever the order; what several studies have tried."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
