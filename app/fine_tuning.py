@@ -1,7 +1,7 @@
 """Fine-tuning jobs in OpenAI's form."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Response
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
@@ -98,6 +98,11 @@ class CreateFineTuningJob(SpecModel):
         default=None, description="in place of training_file; either is needed"
     )
     method: Method = AutoMethod(type="auto")
+    selection: Literal["auto"] | None = Field(
+        default=None,
+        description="auto: the data and a search choose, as with method auto; for clients whose "
+        "methods end at dpo",
+    )
     seed: Seed = 0
     suffix: Suffix | None = None
     metadata: Metadata = Field(default_factory=dict)
@@ -110,6 +115,27 @@ class CreateFineTuningJob(SpecModel):
         if (self.training_file is None) == (self.dataset_id is None):
             raise ValueError("expected either training_file or dataset_id")
         return self
+
+    @model_validator(mode="after")
+    def _selection_is_the_method(self) -> Self:
+        if self.selection is None:
+            return self
+        if self.method.type != "auto" and (
+            self.method.type != "dpo" or self.method.model_fields_set != {"type"}
+        ):
+            raise ValueError(
+                'selection auto goes with method {"type": "dpo"} and nothing in it, or with '
+                f"method auto; with this {self.method.type} nothing is left to select: leave out "
+                "selection, or send hyperparameters as method auto"
+            )
+        return self
+
+    @property
+    def wanted(self) -> Method:
+        """The method that `method` and `selection` name."""
+        if self.selection is None or self.method.type == "auto":
+            return self.method
+        return AutoMethod(type="auto")
 
     @property
     def data(self) -> str:
@@ -198,14 +224,15 @@ def _job_spec(
     body: CreateFineTuningJob, settings: Settings, origin: Accepted | Cloned | None
 ) -> dict[str, Any]:
     """Return what the worker reads, with every model pinned."""
+    method = body.wanted
     encoder = None
-    if isinstance(body.method, KernelDpoMethod) and body.method.kernel_dpo.encoder is not None:
-        encoder = resolve(body.method.kernel_dpo.encoder, settings).model_dump(mode="json")
+    if isinstance(method, KernelDpoMethod) and method.kernel_dpo.encoder is not None:
+        encoder = resolve(method.kernel_dpo.encoder, settings).model_dump(mode="json")
     spec: dict[str, Any] = {
         "model": resolve(body.model, settings).model_dump(mode="json")
         if origin is None or origin.model is None
         else origin.model,
-        "method": body.method.model_dump(mode="json"),
+        "method": method.model_dump(mode="json"),
         "encoder": encoder,
     }
     if body.training_file is not None:

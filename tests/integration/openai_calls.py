@@ -38,6 +38,12 @@ def main(url: str, key: str, data: str, model: str) -> None:
         for _ in range(3)
     ]
     assert all(job.method.type == "auto" for job in others)
+    selected = jobs.create(
+        model=model, training_file=uploaded.id, method={"type": "dpo"},
+        extra_body={"selection": "auto", "auto_start": False},
+    )  # fmt: skip
+    assert selected.method.type == "auto"
+    assert jobs.cancel(selected.id).status == "cancelled"
     once = {"Idempotency-Key": "only-once"}
     same = [
         jobs.create(model=model, training_file=uploaded.id, seed=9, extra_headers=once)
@@ -45,7 +51,7 @@ def main(url: str, key: str, data: str, model: str) -> None:
     ]
     assert same[0].id == same[1].id
 
-    made = [dpo.id, *(job.id for job in others), same[0].id]
+    made = [dpo.id, *(job.id for job in others), selected.id, same[0].id]
     assert [job.id for job in jobs.list(limit=2)] == made[::-1]
     assert [job.id for job in jobs.list(extra_query={"metadata[team]": "a"})] == [dpo.id]
 

@@ -251,6 +251,22 @@ def test_a_job_may_train_all_weights(world: World, pair: dict[str, str]) -> None
     assert "lora_r describe an adapter" in check_problem(refused, 422, "invalid_input")["detail"]
 
 
+def test_a_client_that_knows_only_dpo_asks_for_a_selection(world: World) -> None:
+    dataset = world.dataset()
+    body = {"model": "tiny-lm", "dataset_id": dataset, "selection": "auto"}
+    auto = {"type": "auto", "auto": {"search": {"max_trials": 9}}}
+    for method, trials in ({"type": "dpo"}, None), (auto, 9):
+        job = world.post("/v1/fine_tuning/jobs", json={**body, "method": method}).json()
+        assert job["method"]["type"] == "auto"
+        assert job["method"]["auto"]["search"]["max_trials"] == trials
+    for method in (
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+        {"type": "kernel_dpo", "kernel_dpo": {"kernel": "rbf"}},
+    ):
+        refused = world.post("/v1/fine_tuning/jobs", json={**body, "method": method})
+        assert "nothing is left to select" in check_problem(refused, 422, "invalid_input")["detail"]
+
+
 def test_the_estimate_is_what_the_search_has_promised_last(world: World) -> None:
     study_id = running_search(world, world.dataset())
     job = f"/v1/fine_tuning/jobs/{world.get(f'/v1/studies/{study_id}').json()['job_id']}"
