@@ -30,8 +30,9 @@ from app.openapi import PROBLEM_RESPONSES
 def v1_router() -> APIRouter:
     """Return all of `/v1`; every endpoint documents the problem body as its error."""
     router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+    # Paths are tried in this order: those of jobs, which clients poll, come first.
     for domain in (
-        datasets, dataset_rows, dataset_versions, recommendations, fine_tuning, jobs,
+        fine_tuning, jobs, recommendations, datasets, dataset_rows, dataset_versions,
         studies, study_quote, study_changes,
         checkpoints, checkpoint_downloads, files, upload_sessions,
         webhooks, evaluations,

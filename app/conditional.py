@@ -1,7 +1,9 @@
 """Versions of jobs over HTTP: weak ETags, `If-None-Match`, `If-Match`, and waiting for a change."""
 
 import re
+import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from core.errors import Changed, InvalidInput
 from core.lifecycle import JobKind
 from core.settings import Settings
 from models.job import Job
+from models.repositories.job_requests import JobPulse
 from models.repositories.jobs import JobRepository
 from models.session import Database
 
@@ -36,16 +39,48 @@ IfMatch = Annotated[
 ]
 
 
-def job_etag(job: Job, *, ahead: int | None) -> str:
+def job_etag(job: JobPulse, *, ahead: int | None) -> str:
     """Return the weak ETag: the version, and what changes without it while the job waits or runs.
 
-    That is the number of jobs ahead of a queued one, and the last heartbeat of a running one.
+    That is the number of jobs ahead of a queued one; of a running one its last heartbeat and its
+    events, neither of which ever goes back, so that their sum changes with each.
     """
     if ahead is not None:
         return f'W/"{job.version}.{ahead}"'
     if job.lease_until is not None:
-        return f'W/"{job.version}.{int(job.heartbeat_at or 0)}"'
+        return f'W/"{job.version}.{int(job.heartbeat_at or 0) + job.event_seq}"'
     return f'W/"{job.version}"'
+
+
+class Answers:
+    """Bodies of the jobs that were asked for last, as they are as long as nothing has changed.
+
+    Whoever waits for a job asks again and again, mostly in vain. A body is kept under everything
+    that changes with it, so one that is found is true; those not asked for longest make room.
+    """
+
+    def __init__(self, max_bytes: int = 8 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._bodies: OrderedDict[tuple[JobViewer, JobPulse, int | None], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, view: JobViewer, pulse: JobPulse, ahead: int | None) -> bytes | None:
+        """Return the body of a job that looks so, if it is kept."""
+        key = (view, pulse, ahead)
+        with self._lock:
+            body = self._bodies.get(key)
+            if body is not None:
+                self._bodies.move_to_end(key)
+            return body
+
+    def put(self, view: JobViewer, pulse: JobPulse, ahead: int | None, body: bytes) -> None:
+        """Keep a body that was read after its pulse."""
+        with self._lock:
+            self._bytes += len(body) - len(self._bodies.pop((view, pulse, ahead), b""))
+            self._bodies[view, pulse, ahead] = body
+            while self._bytes > self._max_bytes:
+                self._bytes -= len(self._bodies.popitem(last=False)[1])
 
 
 def check_if_match(header: str | None, job: Job) -> None:
@@ -106,6 +141,7 @@ class JobReader:
     request: Request
     database: Database
     followers: Followers
+    answers: Answers
     waiting: Waiting | None
 
     async def answer(
@@ -153,13 +189,20 @@ class JobReader:
         kind: JobKind | None,
     ) -> Response:
         with self.database.reading() as session:
-            job = JobRepository(session).get(owner_id, job_id, kind=kind)
-            place = queue_place(session, job)
-            etag = job_etag(job, ahead=None if place.position is None else place.ahead)
+            jobs = JobRepository(session)
+            pulse = jobs.pulse(owner_id, job_id, kind=kind)
+            place = queue_place(session, pulse)
+            ahead = None if place.position is None else place.ahead
+            etag = job_etag(pulse, ahead=ahead)
             headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
             if etag_matches(self.request.headers.get("if-none-match"), etag):
                 return Response(status_code=304, headers=headers)
-            content = view(session, job, place=place).model_dump_json()
+            content = self.answers.get(view, pulse, ahead)
+            if content is None:
+                # What has changed since the pulse changes the next one, which asks again.
+                job = jobs.get(owner_id, job_id, kind=kind)
+                content = view(session, job, place=place).model_dump_json().encode()
+                self.answers.put(view, pulse, ahead, content)
         return Response(content=content, media_type="application/json", headers=headers)
 
 
@@ -168,7 +211,7 @@ async def job_reader(
 ) -> JobReader:
     """Return what answers a request for a job."""
     state = request.app.state
-    return JobReader(request, state.database, state.followers, waiting)
+    return JobReader(request, state.database, state.followers, state.answers, waiting)
 
 
 JobAnswers = Annotated[JobReader, Depends(job_reader)]

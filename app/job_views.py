@@ -14,6 +14,7 @@ from core.results import TrainingResult
 from models.experiment import MetricPoint
 from models.job import Event, Job, JobStep
 from models.repositories.experiments import ExperimentRepository, Made
+from models.repositories.job_requests import JobPulse
 from models.repositories.jobs import JobRepository
 from models.repositories.steps import StepRepository
 
@@ -190,7 +191,7 @@ class JobViewer(Protocol):
         """Return the view."""
 
 
-def queue_place(session: Session, job: Job) -> QueuePlace:
+def queue_place(session: Session, job: Job | JobPulse) -> QueuePlace:
     """Return where a job stands in its queue."""
     return _place(JobRepository(session).queue_position(job))
 

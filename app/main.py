@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import audit, docs_page, errors, health, limits, problems
 from app.api import v1_router
+from app.conditional import Answers
 from app.deps import DEFAULT_OWNER
 from app.idempotency import Idempotency
 from app.middleware import BodyLimit, RequestLog
@@ -47,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.database, app.state.queue = database, queue
             app.state.followers = followers
             app.state.limiter = limiter
+            app.state.answers = Answers()
             if not settings.auth.required:
                 app.state.default_owner_id = await run_in_threadpool(_default_owner, database)
             await run_in_threadpool(remove_stale_parts, settings.upload_dir)

@@ -15,6 +15,7 @@ from models.job import Job, JobAttempt, Worker
 from models.owner import Owner
 from models.quota import QueueTurn, Quota
 from models.repositories.job_moves import Fence, JobMoves
+from models.repositories.job_requests import JobPulse
 from models.repositories.quotas import DEFAULT_SUBJECT, UNLIMITED
 from models.repositories.workers import WorkerRepository
 from models.types import EnumText, db_now, upsert
@@ -67,11 +68,11 @@ class JobClaims(JobMoves):
         self._event_status(row.id, JobStatus.RUNNING, f"Attempt {row.attempt} has started.")
         return Claim(Fence(row.id, row.attempt), row.owner_id, row.kind)
 
-    def queue_position(self, job: Job) -> int | None:
+    def queue_position(self, job: Job | JobPulse) -> int | None:
         """Return how many jobs are taken before a queued one if all owners may go on."""
         return self.queue_positions([job]).get(job.id)
 
-    def queue_positions(self, jobs: Sequence[Job]) -> dict[str, int]:
+    def queue_positions(self, jobs: Sequence[Job | JobPulse]) -> dict[str, int]:
         """Return of each queued one of the jobs how many are taken before it.
 
         Its owner's jobs before it, and of each other owner as many as that owner has turns until
@@ -92,7 +93,7 @@ class JobClaims(JobMoves):
             found[job_id] = ahead + sum(min(jobs, ahead + first) for jobs, first in turns[key])
         return found
 
-    def _own_before(self, jobs: list[Job]) -> list[tuple[str, int, float]]:
+    def _own_before(self, jobs: list[Job | JobPulse]) -> list[tuple[str, int, float]]:
         """Return of each job how many its owner has before it, and seconds until it is due.
 
         Many jobs are ranked at once; only for those that are not due yet others are counted.

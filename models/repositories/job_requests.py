@@ -1,14 +1,39 @@
 """What people ask of a job that is there: to be cancelled, to be paused."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import bindparam, select, update
 
 from core.errors import Conflict, NotFound
 from core.lifecycle import JobKind, JobStatus
+from core.queue import QueueName
 from models.job import Job
 from models.repositories.job_moves import JobMoves
 from models.types import db_now
+
+
+@dataclass(frozen=True)
+class JobPulse:
+    """What changes with everything that a job's view shows, except for its place in the queue."""
+
+    id: str
+    owner_id: str
+    kind: JobKind
+    status: JobStatus
+    queue: QueueName
+    run_after: float
+    version: int
+    event_seq: int
+    heartbeat_at: float | None
+    lease_until: float | None
+    gpu_seconds: float
+
+
+# Asked with every poll of a job: it is put together once, and makes no object of the ORM.
+_PULSE = select(*(getattr(Job, name) for name in JobPulse.__dataclass_fields__)).where(
+    Job.id == bindparam("job_id")
+)
 
 
 class JobRequests(JobMoves):
@@ -22,8 +47,19 @@ class JobRequests(JobMoves):
         """
         job = self._session.get(Job, job_id)
         if job is None or job.owner_id != owner_id or (kind is not None and job.kind is not kind):
-            raise NotFound(f"no job {job_id!r}", hint="list your jobs to see their ids")
+            raise _no_job(job_id)
         return job
+
+    def pulse(self, owner_id: str, job_id: str, *, kind: JobKind | None = None) -> JobPulse:
+        """Return what tells whether the owner's job has changed.
+
+        Raises:
+            NotFound: no such job, another kind, or somebody else's.
+        """
+        row = self._session.execute(_PULSE, {"job_id": job_id}).one_or_none()
+        if row is None or row.owner_id != owner_id or (kind is not None and row.kind is not kind):
+            raise _no_job(job_id)
+        return JobPulse(*row)
 
     def lock(self, owner_id: str, job_id: str, *, kind: JobKind | None = None) -> Job:
         """Return the owner's job as it is now; nobody moves it until this transaction ends.
@@ -101,3 +137,7 @@ class JobRequests(JobMoves):
             .values(version=Job.version + 1, **values)
             .execution_options(synchronize_session=False)
         )
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"no job {job_id!r}", hint="list your jobs to see their ids")

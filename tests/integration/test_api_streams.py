@@ -14,6 +14,7 @@ import pytest
 from core.lifecycle import EventType, JobKind, JobStatus, Phase
 from models.repositories.events import append_event
 from models.repositories.jobs import Fence, JobRepository
+from models.repositories.steps import StepRepository
 from tests.integration.live_world import Live, Message, live_api, messages, until
 from tests.integration.test_api import check_problem
 
@@ -294,8 +295,24 @@ def test_the_etag_is_the_version_and_what_changes_without_it(live: Live) -> None
     live.post(f"/v1/jobs/{first}/cancel")
     assert live.get(url).headers["etag"] == f'W/"{queued.json()["version"]}.0"'
     fence = live.claim(JobKind.TRAINING)
-    view = live.get(url)
-    assert view.headers["etag"] == f'W/"{view.json()["version"]}.{view.json()["heartbeat_at"]}"'
+    with live.database.transaction() as session:
+        StepRepository(session).plan(fence, ["compare"])
+    seen = [live.get(url).headers["etag"]]
+
+    def changed() -> dict[str, Any]:
+        view = live.get(url, headers={"If-None-Match": ", ".join(seen)})
+        assert view.status_code == 200
+        assert live.get(url).content == view.content
+        seen.append(view.headers["etag"])
+        return dict(view.json())
+
+    say(live, fence, Phase.TRAINING)
+    assert changed()["phase"] == "training"
+    with live.database.transaction() as session:
+        StepRepository(session).start(fence, "compare")
+    assert changed()["steps"][0]["status"] == "running"
+    show(live, fence, 5)
+    assert changed()["progress"]["done"] == 5
     live.finish(fence)
     view = live.get(url)
     assert view.headers["etag"] == f'W/"{view.json()["version"]}"'
