@@ -144,7 +144,7 @@ def test_an_interrupted_command_leaves_a_job_that_goes_on(
         command = subprocess.Popen(
             [
                 sys.executable, "-m", "app", "tune", small_dataset.name, "--model", TINY,
-                "--method", "dpo", "--set", "max_steps=3", "--set", "batch_size=4",
+                "--method", "dpo", "--set", "max_steps=40", "--set", "batch_size=4",
             ],
             cwd=tmp_path, env={**kept, **environment}, stdout=log, stderr=log,
         )  # fmt: skip
