@@ -10,7 +10,9 @@ import pytest
 
 from tests.e2e.service import Service, finished_job, process_table, upload, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+# Two whole searches on each setup. What `make test` has seen of it: kills of a search's workers
+# (test_search_workers), of a final run (test_two_processes), of a worker (test_worker).
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(420)]
 
 METHOD = {
     "type": "auto",

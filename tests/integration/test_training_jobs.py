@@ -136,7 +136,7 @@ def test_auto_ends_with_evidence(uninterrupted: dict[str, Any]) -> None:
     assert "rewards/margins" in uninterrupted["curves"]["train"][0][1]
 
 
-@pytest.mark.parametrize(("first", "growth"), [(4, 5), (9, 2)])
+@pytest.mark.parametrize(("first", "growth"), [(4, 5), pytest.param(9, 2, marks=pytest.mark.soak)])
 def test_preempted_again_and_again_ends_the_same(
     world: TrainingWorld, uninterrupted: dict[str, Any], first: int, growth: int
 ) -> None:
