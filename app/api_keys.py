@@ -3,11 +3,12 @@
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.config import JsonDict
 
 from app.deps import ID_PATTERN, TEXT_PATTERN, Admin, Config, Db, Lists, PageOf
+from app.key_ring import KeyRing
 from app.keys import Scope, make_key
 from app.responses import NO_STORE, ListOf, Schema, json_response, unix
 from core.errors import InvalidInput, NotFound
@@ -140,8 +141,13 @@ def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKe
     status_code=204,
     responses={204: {"description": "Revoked: no request with it passes any more"}},
 )
-def revoke_api_key(_admin: Admin, database: Db, key_id: KeyId) -> None:
-    """Revoke a key at once and for good; its row stays for the audit log."""
+def revoke_api_key(request: Request, _admin: Admin, database: Db, key_id: KeyId) -> None:
+    """Revoke a key for good; its row stays for the audit log.
+
+    It opens nothing more on this process at once, on other ones of the server within a second.
+    """
     with database.transaction() as session:
         if not OwnerRepository(session).revoke_key(key_id):
             raise NotFound(f"no usable key {key_id!r}", hint="GET /v1/api_keys lists them")
+    ring: KeyRing = request.app.state.keys
+    ring.forget()

@@ -4,7 +4,6 @@ What does not wait for anything is `async`: FastAPI takes a thread for each othe
 """
 
 import re
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -16,13 +15,13 @@ from fastapi.params import Query as QueryParam
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.keys import Scope, hash_key
+from app.key_ring import KeyRing
+from app.keys import Scope
 from app.limits import note_caller, spend
 from app.queue import CeleryQueue
 from app.responses import ListOf, list_of, next_page
 from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
 from core.settings import LOOPBACK_HOSTS, Settings
-from models.repositories.owners import OwnerRepository
 from models.repositories.paging import PageQuery
 from models.session import Database
 
@@ -34,7 +33,6 @@ TEXT_PATTERN = r"^[^\x00]*$"
 # What a filter by metadata looks like: `metadata[team]=a`.
 ANY_METADATA = "metadata[key]"
 METADATA_NAME = re.compile(r"metadata\[([^\]\[\x00]{1,64})\]")
-TOUCH_EVERY_S = 60.0
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,6})\"?\s*", re.IGNORECASE)
 
 
@@ -89,7 +87,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def authenticate(request: Request, credentials: Credentials) -> Caller:
+async def authenticate(request: Request, credentials: Credentials) -> Caller:
     """Return who asks.
 
     Raises:
@@ -98,7 +96,6 @@ def authenticate(request: Request, credentials: Credentials) -> Caller:
         NotPermitted: keys are off, and a web page of somebody else asks.
     """
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     if not settings.auth.required:
         refuse_foreign_pages(request, settings)
         owner_id: str = request.app.state.default_owner_id
@@ -110,17 +107,14 @@ def authenticate(request: Request, credentials: Credentials) -> Caller:
             code="missing_api_key",
             hint="`kdpo keys create` makes a key",
         )
-    with database.reading() as session:
-        key = OwnerRepository(session).find_usable_key(hash_key(credentials.credentials))
+    ring: KeyRing = request.app.state.keys
+    key = await ring.find(credentials.credentials)
     if key is None:
         raise Unauthenticated(
             "the API key is unknown, revoked or expired", hint="`kdpo keys list` shows the keys"
         )
     rate = key.requests_per_minute or settings.auth.requests_per_minute
-    spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
-    if key.last_used_at is None or key.last_used_at < time.time() - TOUCH_EVERY_S:
-        with database.transaction() as session:
-            OwnerRepository(session).touch_key(key.id, older_than_s=TOUCH_EVERY_S)
+    await spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
     return Caller(key.owner_id, key.id, frozenset(key.scopes))
 
 

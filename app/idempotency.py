@@ -22,13 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.deps import refuse_foreign_pages
 from app.errors import kdpo_problem, problem_response
 from app.exchange_bodies import Answer, Body
-from app.keys import hash_key
+from app.key_ring import KeyRing
 from app.limits import spend
 from core.errors import KdpoError, StorageFull, Unavailable
 from core.lifecycle import JobKind
 from core.settings import Settings
 from models.job import Job
-from models.repositories.owners import OwnerRepository
 from models.repositories.replays import (
     KEPT_S,
     Found,
@@ -80,7 +79,7 @@ class Idempotency:
             await _refuse_key(scope, receive, send, key)
             return
         try:
-            caller = await run_in_threadpool(_caller_id, Request(scope))
+            caller = await _caller_id(Request(scope))
             if caller is None:
                 await self.app(scope, receive, send)  # which says what is wrong with the API key
                 return
@@ -278,7 +277,7 @@ class Exchange:
         await problem(self.scope, self.body.receive, self.send)
 
 
-def _caller_id(request: Request) -> str | None:
+async def _caller_id(request: Request) -> str | None:
     """Return the id of the request's usable key, or of the owner where none is needed.
 
     The request is paid for here: the answer to a repetition is found without its endpoint.
@@ -288,19 +287,18 @@ def _caller_id(request: Request) -> str | None:
         NotPermitted: keys are off, and a web page of somebody else asks.
     """
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     if not settings.auth.required:
         refuse_foreign_pages(request, settings)
         return str(request.app.state.default_owner_id)
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return None
-    with database.reading() as session:
-        key = OwnerRepository(session).find_usable_key(hash_key(secret.strip()))
+    ring: KeyRing = request.app.state.keys
+    key = await ring.find(secret.strip())
     if key is None:
         return None
     rate = key.requests_per_minute or settings.auth.requests_per_minute
-    spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
+    await spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
     return key.id
 
 

@@ -2,13 +2,13 @@
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import redis
+import redis.asyncio
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,34 +85,32 @@ class Account:
 class Limiter(Protocol):
     """Takes one token out of a key's bucket."""
 
-    def take(self, key_id: str, per_minute: int) -> Taken:
+    async def take(self, key_id: str, per_minute: int) -> Taken:
         """Return whether the key may ask once more now."""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
 
 
 class LocalLimiter:
-    """Buckets of one process."""
+    """Buckets of one process, all on its event loop."""
 
     def __init__(self) -> None:
         self._full_at: dict[str, float] = {}
-        self._lock = threading.Lock()
 
-    def take(self, key_id: str, per_minute: int) -> Taken:
+    async def take(self, key_id: str, per_minute: int) -> Taken:
         """Return whether the key may ask once more now."""
         now = time.monotonic()
-        with self._lock:
-            if len(self._full_at) > _PRUNE_AT:
-                self._full_at = {k: at for k, at in self._full_at.items() if at > now}
-            full = max(self._full_at.get(key_id, now), now)
-            after = full + WINDOW_S / per_minute
-            allowed = after - now <= WINDOW_S
-            if allowed:
-                self._full_at[key_id] = after
+        if len(self._full_at) > _PRUNE_AT:
+            self._full_at = {k: at for k, at in self._full_at.items() if at > now}
+        full = max(self._full_at.get(key_id, now), now)
+        after = full + WINDOW_S / per_minute
+        allowed = after - now <= WINDOW_S
+        if allowed:
+            self._full_at[key_id] = after
         return _taken(allowed, (after if allowed else full) - now, per_minute)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing is open."""
 
 
@@ -120,7 +118,7 @@ class RedisLimiter:
     """Buckets that all processes share; while Redis is away, those of this process hold."""
 
     def __init__(self, url: str, *, prefix: str) -> None:
-        self._client = redis.Redis.from_url(
+        self._client = redis.asyncio.Redis.from_url(
             url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
         )
         self._script = self._client.register_script(_SCRIPT)
@@ -128,12 +126,12 @@ class RedisLimiter:
         self._local = LocalLimiter()
         self._away_until = 0.0
 
-    def take(self, key_id: str, per_minute: int) -> Taken:
+    async def take(self, key_id: str, per_minute: int) -> Taken:
         """Return whether the key may ask once more now."""
         if time.monotonic() < self._away_until:
-            return self._local.take(key_id, per_minute)
+            return await self._local.take(key_id, per_minute)
         try:
-            allowed, full_s = self._script(
+            allowed, full_s = await self._script(
                 keys=[f"{self._prefix}rate:{key_id}"], args=[WINDOW_S / per_minute, WINDOW_S]
             )
         except redis.RedisError as error:
@@ -142,12 +140,12 @@ class RedisLimiter:
                 "Redis does not answer (%s): rates hold in each process alone for %.0f s",
                 type(error).__name__, _AWAY_S,
             )  # fmt: skip
-            return self._local.take(key_id, per_minute)
+            return await self._local.take(key_id, per_minute)
         return _taken(bool(allowed), float(full_s), per_minute)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        await self._client.aclose()
 
 
 def make_limiter(settings: Settings) -> Limiter:
@@ -164,7 +162,7 @@ def _taken(allowed: bool, full_s: float, per_minute: int) -> Taken:
     return Taken(allowed, per_minute, remaining, full_s, max(0.0, full_s + each - WINDOW_S))
 
 
-def spend(request: Request, *, owner_id: str, key_id: str, per_minute: int) -> None:
+async def spend(request: Request, *, owner_id: str, key_id: str, per_minute: int) -> None:
     """Take one token of the key, once in a request, and let the response tell how many are left.
 
     Raises:
@@ -174,7 +172,7 @@ def spend(request: Request, *, owner_id: str, key_id: str, per_minute: int) -> N
     if isinstance(account, Account) and account.taken is not None and account.key_id == key_id:
         return
     limiter: Limiter = request.app.state.limiter
-    taken = limiter.take(key_id, per_minute)
+    taken = await limiter.take(key_id, per_minute)
     note_caller(request, owner_id=owner_id, key_id=key_id, taken=taken)
     if not taken.allowed:
         raise TooManyRequests(

@@ -14,6 +14,7 @@ from app.api import v1_router
 from app.conditional import Answers
 from app.deps import DEFAULT_OWNER
 from app.idempotency import Idempotency
+from app.key_ring import KeyRing
 from app.middleware import BodyLimit, RequestLog
 from app.openapi import PROBLEM_RESPONSES, KdpoApi
 from app.queue import CeleryQueue
@@ -49,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.followers = followers
             app.state.limiter = limiter
             app.state.answers = Answers()
+            app.state.keys = KeyRing(database)
             if not settings.auth.required:
                 app.state.default_owner_id = await run_in_threadpool(_default_owner, database)
             await run_in_threadpool(remove_stale_parts, settings.upload_dir)
@@ -60,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
             await followers.stop()
             if thread.ident is not None:
                 await run_in_threadpool(thread.join)
-            limiter.close()
+            await limiter.close()
             queue.close()
             database.dispose()
 

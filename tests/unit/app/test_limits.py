@@ -1,69 +1,71 @@
 """Token buckets: as many as are allowed at once, then at the rate; one bucket for all processes."""
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
 from app.limits import Limiter, LocalLimiter, RedisLimiter, Taken
 from tests.servers import RedisServer
 
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
 
 @pytest.fixture(params=["local", "redis"])
-def limiter(request: pytest.FixtureRequest) -> Limiter:
-    if request.param == "local":
-        return LocalLimiter()
-    return RedisLimiter(request.getfixturevalue("redis_url"), prefix="test:")
+async def limiter(request: pytest.FixtureRequest) -> AsyncIterator[Limiter]:
+    made: Limiter = LocalLimiter()
+    if request.param == "redis":
+        made = RedisLimiter(request.getfixturevalue("redis_url"), prefix="test:")
+    yield made
+    await made.close()
 
 
-def test_a_full_bucket_then_nothing_then_the_rate(limiter: Limiter) -> None:
+async def test_a_full_bucket_then_nothing_then_the_rate(limiter: Limiter) -> None:
     # 600 a minute: one comes back each 100 ms. The bucket is emptied faster than that.
-    taken = [limiter.take("key_a", 600) for _ in range(600)]
+    taken = [await limiter.take("key_a", 600) for _ in range(600)]
     assert all(one.allowed for one in taken)
     assert (taken[0].limit, taken[0].remaining) == (600, 599)
     assert taken[-1].remaining <= 300
-    refused = _take_until_refused(limiter, "key_a", 600)
+    refused = await _take_until_refused(limiter, "key_a", 600)
     assert refused.remaining == 0
     assert 0 < refused.retry_s <= 0.1
     assert int(refused.headers()["Retry-After"]) == 1
-    time.sleep(refused.retry_s + 0.01)
-    assert limiter.take("key_a", 600).allowed
-    assert limiter.take("key_b", 600).allowed
-    limiter.close()
+    await asyncio.sleep(refused.retry_s + 0.01)
+    assert (await limiter.take("key_a", 600)).allowed
+    assert (await limiter.take("key_b", 600)).allowed
 
 
-def test_threads_together_get_no_more_than_the_bucket(limiter: Limiter) -> None:
-    barrier = threading.Barrier(8)
-
-    def take(_: int) -> int:
-        barrier.wait()
-        return sum(limiter.take("key_a", 20).allowed for _ in range(10))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert 20 <= sum(pool.map(take, range(8))) <= 21  # one comes back in 3 s
-    limiter.close()
+async def test_requests_together_get_no_more_than_the_bucket(limiter: Limiter) -> None:
+    taken = await asyncio.gather(*(limiter.take("key_a", 20) for _ in range(80)))
+    assert 20 <= sum(one.allowed for one in taken) <= 21  # one comes back in 3 s
 
 
-def test_processes_share_the_bucket_in_redis(redis_url: str) -> None:
+async def test_processes_share_the_bucket_in_redis(redis_url: str) -> None:
     limiters = [RedisLimiter(redis_url, prefix="test:") for _ in range(2)]
-    assert sum(one.take("key_a", 5).allowed for _ in range(4) for one in limiters) == 5
+    taken = [await one.take("key_a", 5) for _ in range(4) for one in limiters]
+    assert sum(one.allowed for one in taken) == 5
     for one in limiters:
-        one.close()
+        await one.close()
 
 
-def test_rates_hold_in_the_process_while_redis_is_away(
+async def test_rates_hold_in_the_process_while_redis_is_away(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = RedisLimiter(redis_server.url, prefix="test:")
-    assert limiter.take("key_a", 3).allowed
+    assert (await limiter.take("key_a", 3)).allowed
     redis_server.kill()
-    assert [limiter.take("key_a", 3).allowed for _ in range(5)] == [True, True, True, False, False]
+    taken = [await limiter.take("key_a", 3) for _ in range(5)]
+    assert [one.allowed for one in taken] == [True, True, True, False, False]
     assert sum("Redis does not answer" in record.message for record in caplog.records) == 1
-    limiter.close()
+    await limiter.close()
 
 
-def test_headers_are_those_of_the_draft_and_of_openai() -> None:
+async def test_headers_are_those_of_the_draft_and_of_openai() -> None:
     headers = Taken(allowed=True, limit=60, remaining=59, full_s=0.4, retry_s=0.0).headers()
     assert headers == {
         "RateLimit-Policy": '"key";q=60;w=60',
@@ -74,9 +76,9 @@ def test_headers_are_those_of_the_draft_and_of_openai() -> None:
     }
 
 
-def _take_until_refused(limiter: Limiter, key: str, per_minute: int) -> Taken:
+async def _take_until_refused(limiter: Limiter, key: str, per_minute: int) -> Taken:
     for _ in range(per_minute):
-        taken = limiter.take(key, per_minute)
+        taken = await limiter.take(key, per_minute)
         if not taken.allowed:
             return taken
     raise AssertionError("the bucket is never empty")
