@@ -1,6 +1,6 @@
 """Mounts every router of the API under /v1."""
 
-from fastapi import APIRouter
+from fastapi import FastAPI
 
 from app import (
     api_keys,
@@ -27,17 +27,21 @@ from app import (
 from app.openapi import PROBLEM_RESPONSES
 
 
-def v1_router() -> APIRouter:
-    """Return all of `/v1`; every endpoint documents the problem body as its error."""
-    router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
-    # Paths are tried in this order: those of jobs, which clients poll, come first.
-    for domain in (
-        fine_tuning, jobs, recommendations, datasets, dataset_rows, dataset_versions,
-        studies, study_quote, study_changes,
-        checkpoints, checkpoint_downloads, files, upload_sessions,
-        webhooks, evaluations,
-        api_keys, usage, workers, audit, catalog,
+def include_v1(app: FastAPI) -> None:
+    """Mount all of `/v1`; every endpoint documents the problem body as its error."""
+    # Paths are tried in this order, so those of jobs, which clients poll, come first. A router of
+    # all of them between would be asked for all its routes with every request.
+    for router in (
+        *(
+            domain.router
+            for domain in (
+                fine_tuning, jobs, recommendations, datasets, dataset_rows, dataset_versions,
+                studies, study_quote, study_changes,
+                checkpoints, checkpoint_downloads, files, upload_sessions,
+                webhooks, evaluations,
+                api_keys, usage, workers, audit, catalog,
+            )
+        ),
+        checkpoint_downloads.links,
     ):  # fmt: skip
-        router.include_router(domain.router)
-    router.include_router(checkpoint_downloads.links)
-    return router
+        app.include_router(router, prefix="/v1", responses=PROBLEM_RESPONSES)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from app import audit, docs_page, errors, health, limits, problems
-from app.api import v1_router
+from app.api import include_v1
 from app.conditional import Answers
 from app.deps import DEFAULT_OWNER
 from app.idempotency import Idempotency
@@ -86,10 +86,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestLog)
     errors.install(app)
     limits.install(app)
+    include_v1(app)
     app.include_router(health.router)
     app.include_router(problems.router, responses=PROBLEM_RESPONSES)
     app.include_router(docs_page.router)
-    app.include_router(v1_router())
     return app
 
 
