@@ -38,7 +38,7 @@ from tests.servers import run_postgres, run_redis
 
 SIZES = (FEW, MANY)
 PARTS = ("polls", "lists", "events", "streams", "files")
-ROUNDS, ROUND_S = 3, 8.0
+ROUNDS, ROUND_S, WARM_S = 3, 8.0, 3.0
 LISTED_TIMES = 100
 EVENTS_S, STREAMS, DELIVERIES, FILE_ROUNDS = 4.0, 200, 40, 3
 _BETWEEN_S = 0.5
@@ -83,6 +83,10 @@ def polls(found: list[Place]) -> Iterator[Row]:
         ("/v1/fine_tuning/jobs", "OpenAI's form"),
         ("/v1/jobs", "any job"),
     )
+    for place in found:  # what is loaded and put together once
+        paths = [f"{path}/{job_id}" for path, _ in forms for job_id in _mixed(place.seeded, 10)]
+        told = (place.api.port, place.seeded.secret, paths)
+        api_load.run(api_load.at_rate(*told, rate=RATE / 4, seconds=WARM_S))
     for number in range(ROUNDS):
         for path, form in forms:
             for place in found if number % 2 == 0 else found[::-1]:

@@ -69,14 +69,20 @@ class Connection:
         return self._reader
 
     async def get(self, path: str) -> bytes:
-        """Return the body of the answer.
+        """Return the body of the answer; a connection that was closed while idle is made again.
 
         Raises:
             RuntimeError: the server refuses.
         """
         async with asyncio.timeout(TIMEOUT_S):
-            reader = await self.send(path)
-            head = await reader.readuntil(b"\r\n\r\n")
+            is_kept = self._reader is not None
+            try:
+                head = await (reader := await self.send(path)).readuntil(b"\r\n\r\n")
+            except (asyncio.IncompleteReadError, ConnectionError):
+                if not is_kept:
+                    raise
+                self.close()
+                head = await (reader := await self.send(path)).readuntil(b"\r\n\r\n")
             length = _LENGTH.search(head)
             body = await reader.readexactly(int(length[1]) if length is not None else 0)
         check(head, path, body)

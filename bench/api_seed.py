@@ -58,7 +58,7 @@ class Seeded:
 
 
 def seed(url: str, num_jobs: int) -> Seeded:
-    """Fill a migrated database; statistics are brought up to date, as autovacuum does in time."""
+    """Fill a migrated database; what follows many writes is over when this ends."""
     database = Database(url, pool_size=1)
     try:
         with database.transaction() as session:
@@ -77,7 +77,9 @@ def seed(url: str, num_jobs: int) -> Seeded:
             for table in (Job, JobStep, Event):
                 copy(database.engine, table, [row for job in some for row in job[table]])
         with database.engine.connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("ANALYZE"))
+            settled = connection.execution_options(isolation_level="AUTOCOMMIT")
+            for order in ("VACUUM (ANALYZE)", "CHECKPOINT"):
+                settled.execute(text(order))
     finally:
         database.dispose()
     return Seeded(
