@@ -1,10 +1,10 @@
 """Checkpoints: list, get, keep, delete, download file by file, export."""
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from app.checkpoint_views import (
@@ -40,6 +40,7 @@ from app.responses import (
     with_etag,
 )
 from core.errors import Conflict
+from core.hub_push import PushTarget, push_token
 from core.lifecycle import JobKind
 from core.spec import SpecModel
 from models.experiment import Checkpoint
@@ -54,11 +55,29 @@ router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
 class CreateExport(SpecModel):
     """How to export a checkpoint."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"merge": True}]})
-
-    merge: Literal[True] = Field(
-        default=True, description="merge the adapter into the base model's weights"
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"merge": True}, {"merge": True, "dtype": "bfloat16"}]}
     )
+
+    merge: bool = Field(
+        default=True,
+        description="merge the adapter into the base model's weights, as a checkpoint of its own; "
+        "false: push the checkpoint as it is",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="precision of the merged weights; null: that of the base"
+    )
+    push_to_hub: PushTarget | None = Field(
+        default=None, description="push what is made, or the checkpoint, to the hub"
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if not self.merge and self.push_to_hub is None:
+            raise ValueError("merge is false and push_to_hub is missing: nothing is to be done")
+        if not self.merge and self.dtype is not None:
+            raise ValueError("dtype is of merged weights, and merge is false: leave one out")
+        return self
 
 
 class UpdateCheckpoint(SpecModel):
@@ -206,25 +225,29 @@ def export_checkpoint(
     caller: WritesArtifacts,
     database: Db,
     queue: Queue,
+    settings: Config,
     checkpoint_id: CheckpointId,
     body: CreateExport,
 ) -> Response:
-    """Queue the export of a checkpoint as one model that needs no adapter."""
+    """Queue the export of a checkpoint: as one model that needs no adapter, to the hub, or both."""
+    if body.push_to_hub is not None:
+        push_token(body.push_to_hub, settings)
     with database.transaction() as session:
         row = CheckpointRepository(session).lock(caller.owner_id, checkpoint_id)
-        if row.kind != "adapter":
+        if body.merge and row.kind != "adapter":
             raise Conflict(
                 f"checkpoint {row.id} is of kind {row.kind!r}; only an adapter can be merged into "
                 "its base model",
                 code="checkpoint_not_adapter",
-                hint="a merged checkpoint needs no export: download its files",
+                hint="a merged checkpoint needs no export: download its files, or push them with "
+                "merge: false",
             )
         jobs = JobRepository(session)
         source = jobs.get(caller.owner_id, row.job_id)
         job = jobs.create(
             owner_id=caller.owner_id,
             kind=JobKind.EXPORT,
-            spec={"checkpoint_id": row.id, "merge": body.merge},
+            spec={"checkpoint_id": row.id, **body.model_dump(mode="json", exclude_none=True)},
             model=source.model,
         )
         view = any_job(session, job)

@@ -44,6 +44,7 @@ EXPLANATIONS = {
     "file_too_large": "The file is larger than this server takes.",
     "foreign_origin": "This server asks for no keys, and the request came under a name that is not "
     "this machine's, or from a web page of somebody else.",
+    "hub_off": "This server does not ask the hub; its settings or its environment say so.",
     "http_error": "The request does not follow HTTP; the detail says how.",
     "idempotency_key_reused": "The `Idempotency-Key` was sent before with another body. Make a new "
     "key for each new request.",
@@ -77,6 +78,9 @@ EXPLANATIONS = {
     "Drop it.",
     "overloaded": "The server computes as many analyses as it does at once. Ask again shortly.",
     "precondition_failed": "The object has changed since the version that `If-Match` names.",
+    "push_not_allowed": "The server's settings do not allow it to push to that repository.",
+    "push_refused": "The hub does not take the push: the token may not write there, or the name is "
+    "bad.",
     "quota_exceeded": "The owner would pass a limit; `quota` says which, what is used, and when "
     "there is room.",
     "range_not_satisfiable": "The range begins behind the end of the file.",

@@ -70,6 +70,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     EVALUATING = "evaluating"
     SAVING = "saving"
+    UPLOADING = "uploading"
     FINALIZING = "finalizing"
 
 

@@ -67,6 +67,9 @@ class ModelSettings(_Group):
     hub_allow: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("*",), description="glob patterns of hub ids that may be named"
     )
+    push_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="glob patterns of hub ids that checkpoints may be pushed to"
+    )
     hub_timeout_s: float = Field(default=10.0, gt=0)
     hub_token: SecretStr | None = None
 
@@ -74,7 +77,7 @@ class ModelSettings(_Group):
     @classmethod
     def _split(cls, values: object) -> object:
         if isinstance(values, dict):
-            for name, separator in (("dirs", ":"), ("hub_allow", ",")):
+            for name, separator in (("dirs", ":"), ("hub_allow", ","), ("push_allow", ",")):
                 if isinstance(values.get(name), str):
                     values = {**values, name: tuple(p for p in values[name].split(separator) if p)}
         return values

@@ -305,10 +305,22 @@ class CheckpointCalls:
         return files_of(id_of(checkpoint), self._policy)
 
     @call
-    def export(self: HasPolicy, checkpoint: str | Checkpoint) -> Flow[Job]:
-        """Merge an adapter into its base model, as a checkpoint that needs no adapter."""
+    def export(
+        self: HasPolicy,
+        checkpoint: str | Checkpoint,
+        *,
+        merge: bool = True,
+        dtype: str | None = None,
+        push_to_hub: Mapping[str, Any] | None = None,
+    ) -> Flow[Job]:
+        """Merge an adapter into its base model, as a checkpoint that needs no adapter.
+
+        `dtype` is the precision of the merged weights. `push_to_hub` has `repo_id`, `token_secret`
+        and perhaps `private`; with `merge=False` the checkpoint is pushed as it is.
+        """
         path = f"/v1/checkpoints/{id_of(checkpoint)}/export"
-        return posted(Job, path, self._policy, {"merge": True})
+        options = without_none({"dtype": dtype, "push_to_hub": push_to_hub})
+        return posted(Job, path, self._policy, {"merge": merge, **options})
 
 
 def uploaded(

@@ -52,6 +52,7 @@ SEMANTIC = {
     "get_importance": "rungs that the study has",
     "create_evaluation": "the model must be there",
     "update_checkpoint": "a time that is past",
+    "export_checkpoint": "something to do, options that would be ignored",
     "create_download_url": "how long links may work is a setting",
     "create_file": "fields that need each other",
     "create_webhook": "hosts that are allowed",

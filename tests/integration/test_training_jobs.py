@@ -11,7 +11,8 @@ import optuna
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file, save_file
+from pydantic import SecretStr
+from safetensors.torch import load, load_file, save_file
 from sqlalchemy import update
 
 from core.errors import CancelRequested, FailureCode, RunAborted
@@ -34,6 +35,7 @@ from tests.integration.training_world import (
     micro_llama,
     running_world,
 )
+from tests.unit.core.writable_hub import COMMIT, TOKEN, writable_hub
 from worker.context import JobContext, Preempted
 from worker.jobs import export, fine_tune, recommend
 from worker.jobs.runs import RunRequest
@@ -298,6 +300,41 @@ def test_plain_dpo_is_its_own_baseline_and_can_be_merged(world: TrainingWorld) -
     world.job(JobKind.EXPORT, spec={"checkpoint_id": merged_id, "merge": True})
     with pytest.raises(RunAborted, match="expected an adapter"):
         world.attempt(export.run)
+
+
+def test_a_checkpoint_is_cast_and_pushed(
+    world: TrainingWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.fine_tune({"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 1}}})
+    adapter_id = world.attempt(fine_tune.run)["run"]["checkpoint_id"]
+    world.settings = world.settings.model_copy(
+        update={
+            "models": world.settings.models.model_copy(update={"push_allow": ("acme/*",)}),
+            "sources": world.settings.sources.model_copy(
+                update={"secrets": {"writer": SecretStr(TOKEN)}}
+            ),
+        }
+    )
+    target = {"repo_id": "acme/aligned", "token_secret": "writer"}
+    spec = {"checkpoint_id": adapter_id, "push_to_hub": target}
+    with writable_hub(monkeypatch) as hub:
+        world.job(JobKind.EXPORT, spec={**spec, "merge": True, "dtype": "bfloat16"})
+        result = world.attempt(export.run)
+        assert result["hub"]["commit"] == COMMIT
+        assert result["checkpoint_id"] in hub.message
+        assert b"stored as bfloat16" in hub.files["README.md"]
+        dtypes = {tensor.dtype for tensor in load(hub.files["model.safetensors"]).values()}
+        assert dtypes == {torch.bfloat16}
+        hub.files.clear()
+        world.job(JobKind.EXPORT, spec={**spec, "merge": False, "retry_of": "job_x"})
+        assert world.attempt(export.run)["hub"]["repo_id"] == "acme/aligned"
+        assert "adapter_model.safetensors" in hub.files
+        assert b"base_model:" not in hub.files["README.md"], "a folder of this machine"
+        hub.status = 403
+        world.job(JobKind.EXPORT, spec={**spec, "merge": False})
+        with pytest.raises(RunAborted, match="answered 403") as refused:
+            world.attempt(export.run)
+        assert refused.value.failure is FailureCode.DEPENDENCY_ERROR
 
 
 def test_a_damaged_checkpoint_is_not_merged(world: TrainingWorld) -> None:

@@ -1,13 +1,19 @@
-"""Merges a published adapter into its base and publishes the full model."""
+"""Merges a published adapter into its base and publishes the full model; pushes to the hub."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.errors import FailureCode, NotFound, RunAborted
+import torch
+
+from core.errors import FailureCode, InvalidInput, NotFound, NotPermitted, RunAborted
 from core.hub import fetch
+from core.hub_push import PushTarget, push
 from core.ids import ULID_LENGTH, IdPrefix
 from core.lifecycle import Phase
 from core.modelref import ModelRef
+from core.spec import SpecModel
 from models.experiment import Checkpoint
 from models.repositories.experiments import ExperimentRepository
 from worker.context import JobContext
@@ -18,10 +24,25 @@ from worker.training.reference import model_hashes
 from worker.training.resolve import apply_threads
 
 _LABEL = "merged"
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class ExportSpec(SpecModel):
+    """What an export job is to do, as the API has checked it."""
+
+    checkpoint_id: str
+    merge: bool = True
+    dtype: str | None = None
+    push_to_hub: PushTarget | None = None
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> "ExportSpec":
+        """Return it from the spec of a job, which has more where the job was retried."""
+        return cls.model_validate({name: spec[name] for name in cls.model_fields if name in spec})
 
 
 def run(context: JobContext) -> dict[str, Any]:
-    """Do one export job; the result names the new checkpoint.
+    """Do one export job; the result names the new checkpoint, and the hub's commit.
 
     Raises:
         RunAborted: the checkpoint is damaged or not an adapter, or its base cannot be used.
@@ -29,8 +50,46 @@ def run(context: JobContext) -> dict[str, Any]:
         CancelRequested, Preempted: the attempt was asked to stop.
         LeaseLost: another attempt owns the job.
     """
+    wanted = ExportSpec.of(context.job.spec)
+    steps = {"save": wanted.merge, "push": wanted.push_to_hub is not None}
+    context.plan([name for name, is_wanted in steps.items() if is_wanted])
+    made = _merge(context, wanted.dtype) if wanted.merge else {}
+    if wanted.push_to_hub is None:
+        return made
+    pushed_id = str(made.get("checkpoint_id", wanted.checkpoint_id))
+    return {**made, "hub": _push(context, wanted.push_to_hub, pushed_id)}
+
+
+def _push(context: JobContext, target: PushTarget, checkpoint_id: str) -> dict[str, Any]:
+    """Push a published checkpoint; return repository, commit and address.
+
+    Raises:
+        RunAborted: the settings or the hub refuse it (`dependency_error`).
+        Unavailable: the hub does not answer.
+    """
+    done = context.step_result("push")
+    if done is not None:
+        return done
+    with context.database.reading() as session:
+        row = ExperimentRepository(session).checkpoint(context.job.owner_id, checkpoint_id)
+    sealed = verified(context.settings.artifact_dir / row.path, sha256=row.manifest_sha256)
+    context.raise_if_stopped()
+    context.phase(Phase.UPLOADING)
+    with context.step("push") as result:
+        message = f"kdpo checkpoint {checkpoint_id}"
+        try:
+            pushed = push(sealed.path, target, context.settings, message=message)
+        except (InvalidInput, NotPermitted) as error:
+            raise RunAborted(
+                error.message, failure=FailureCode.DEPENDENCY_ERROR, hint=error.hint
+            ) from error
+        result.update(asdict(pushed))
+    return dict(result)
+
+
+def _merge(context: JobContext, dtype: str | None) -> dict[str, Any]:
+    """Merge the adapter into its base and publish that; return the new checkpoint's id."""
     apply_threads(context.settings.training)
-    context.plan(["save"])
     done = context.step_result("save")
     if done is not None:
         return done
@@ -52,6 +111,7 @@ def run(context: JobContext) -> dict[str, Any]:
             context.attempt_dir / "checkpoints" / _LABEL,
             token=f"{context.fence.attempt}-{_LABEL}",
             about={**adapter.manifest, "label": _LABEL, "merged_from": source.id},
+            dtype=None if dtype is None else _DTYPES[dtype],
         )
         context.raise_if_stopped()
         publish_folder(

@@ -147,11 +147,17 @@ def _own_dtype(base_folder: Path) -> torch.dtype:
 
 
 def export_merged(
-    base_folder: Path, adapter_folder: Path, final: Path, *, token: str, about: dict[str, Any]
+    base_folder: Path,
+    adapter_folder: Path,
+    final: Path,
+    *,
+    token: str,
+    about: dict[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> SealedFolder:
     """Merge the adapter of a checkpoint into its base and write the full model to `final`.
 
-    The sum is taken in float32 and rounded once, to the base's own precision.
+    The sum is taken in float32 and rounded once, to `dtype` or the base's own precision.
 
     Raises:
         RunAborted: the base cannot be loaded, or a weight is not finite.
@@ -160,7 +166,7 @@ def export_merged(
     base = load_base(base_folder, dtype=torch.float32)
     with peft_warnings_off():
         merged = PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()
-    merged.to(_own_dtype(base_folder))
+    merged.to(dtype or _own_dtype(base_folder))
     _refuse_non_finite(dict(merged.named_parameters()))
     tokenizer = load_tokenizer(adapter_folder)
 
@@ -233,7 +239,8 @@ def _card(facts: CardFacts) -> str:
     kernel, divergence = objective.kernel_term, objective.divergence_term
     lines = [
         "---",
-        f"base_model: {base_name(facts.base)}",
+        # A path of this machine says nothing to the hub, and it refuses the card.
+        *([f"base_model: {base_name(facts.base)}"] if facts.base.source == "hub" else []),
         "library_name: peft",
         "pipeline_tag: text-generation",
         f"tags: [kdpo, dpo, {'lora, ' if 'lora' in facts.training else ''}preference-alignment]",
