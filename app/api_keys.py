@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.config import JsonDict
+from starlette.concurrency import run_in_threadpool
 
 from app.deps import ID_PATTERN, TEXT_PATTERN, Admin, Config, Db, Lists, PageOf
 from app.key_ring import KeyRing
@@ -15,6 +16,7 @@ from core.errors import InvalidInput, NotFound
 from core.spec import SpecModel
 from models.owner import ApiKey, Owner
 from models.repositories.owners import OwnerRepository
+from models.session import Database
 
 router = APIRouter(prefix="/api_keys", tags=["keys"])
 
@@ -141,13 +143,17 @@ def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKe
     status_code=204,
     responses={204: {"description": "Revoked: no request with it passes any more"}},
 )
-def revoke_api_key(request: Request, _admin: Admin, database: Db, key_id: KeyId) -> None:
+async def revoke_api_key(request: Request, _admin: Admin, database: Db, key_id: KeyId) -> None:
     """Revoke a key for good; its row stays for the audit log.
 
     It opens nothing more on this process at once, on other ones of the server within a second.
     """
+    await run_in_threadpool(_revoke, database, key_id)
+    ring: KeyRing = request.app.state.keys
+    await ring.forget()
+
+
+def _revoke(database: Database, key_id: str) -> None:
     with database.transaction() as session:
         if not OwnerRepository(session).revoke_key(key_id):
             raise NotFound(f"no usable key {key_id!r}", hint="GET /v1/api_keys lists them")
-    ring: KeyRing = request.app.state.keys
-    ring.forget()

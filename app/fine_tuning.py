@@ -36,7 +36,7 @@ from app.series import Series
 from app.training_data import training_data
 from core.hub import resolve
 from core.lifecycle import JobKind
-from core.methods import AutoMethod, KernelDpoMethod, Method
+from core.methods import AutoMethod, DpoMethod, KernelDpoMethod, Method
 from core.settings import Settings
 from core.spec import SpecModel
 from models.repositories.experiments import ExperimentRepository
@@ -120,9 +120,7 @@ class CreateFineTuningJob(SpecModel):
     def _selection_is_the_method(self) -> Self:
         if self.selection is None:
             return self
-        if self.method.type != "auto" and (
-            self.method.type != "dpo" or self.method.model_fields_set != {"type"}
-        ):
+        if self.method not in (DpoMethod(type="dpo"), self.wanted):
             raise ValueError(
                 'selection auto goes with method {"type": "dpo"} and nothing in it, or with '
                 f"method auto; with this {self.method.type} nothing is left to select: leave out "

@@ -21,6 +21,7 @@ class KeyRing:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._kept: dict[str, tuple[ApiKey, float]] = {}
+        self._forgotten = 0
 
     async def find(self, secret: str) -> ApiKey | None:
         """Return the key unless it is unknown, revoked or expired; its use is noted once a minute.
@@ -30,15 +31,17 @@ class KeyRing:
         secret_sha256, now = hash_key(secret), time.monotonic()
         key, until = self._kept.get(secret_sha256, (None, 0.0))
         if key is None or until <= now or _has_expired(key):
+            before = self._forgotten
             key = await run_in_threadpool(self._look_up, secret_sha256)
             if len(self._kept) >= _MAX_KEPT:
                 self._kept = {sha: kept for sha, kept in self._kept.items() if kept[1] > now}
-            if key is not None:
+            if key is not None and self._forgotten == before:
                 self._kept[secret_sha256] = (key, now + KEPT_S)
         return key
 
-    def forget(self) -> None:
-        """Look every key up again: one of them may have been revoked."""
+    async def forget(self) -> None:
+        """Look every key up again: one of them was revoked, perhaps while it was looked up."""
+        self._forgotten += 1
         self._kept = {}
 
     def _look_up(self, secret_sha256: str) -> ApiKey | None:

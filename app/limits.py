@@ -25,7 +25,8 @@ ACCOUNT = "kdpo.account"
 WINDOW_S = 60.0
 # A Redis that has failed is not asked again for so long; requests must not wait for it.
 _AWAY_S = 5.0
-_TIMEOUT_S = 0.25
+_TIMEOUT_S = 1.0
+_CONNECTIONS = 32
 _PRUNE_AT = 10_000
 _JOB_PATHS = frozenset({"/v1/datasets", "/v1/recommendations"})
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
@@ -118,9 +119,12 @@ class RedisLimiter:
     """Buckets that all processes share; while Redis is away, those of this process hold."""
 
     def __init__(self, url: str, *, prefix: str) -> None:
-        self._client = redis.asyncio.Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-        )
+        # RESP2: with RESP3 a pooled connection that Redis has closed is not made again.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, timeout=_TIMEOUT_S,
+            max_connections=_CONNECTIONS, protocol=2,
+        )  # fmt: skip
+        self._client = redis.asyncio.Redis.from_pool(pool)
         self._script = self._client.register_script(_SCRIPT)
         self._prefix = prefix
         self._local = LocalLimiter()
@@ -134,7 +138,8 @@ class RedisLimiter:
             allowed, full_s = await self._script(
                 keys=[f"{self._prefix}rate:{key_id}"], args=[WINDOW_S / per_minute, WINDOW_S]
             )
-        except redis.RedisError as error:
+        # A RuntimeError is uvloop's, of a connection that is closed already.
+        except (redis.RedisError, OSError, RuntimeError) as error:
             self._away_until = time.monotonic() + _AWAY_S
             _log.warning(
                 "Redis does not answer (%s): rates hold in each process alone for %.0f s",

@@ -62,9 +62,9 @@ def create_app(settings: Settings) -> FastAPI:
             await followers.stop()
             if thread.ident is not None:
                 await run_in_threadpool(thread.join)
-            await limiter.close()
             queue.close()
             database.dispose()
+            await limiter.close()
 
     app = KdpoApi(
         title="kdpo",

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from pydantic import Field
 
 from core.errors import InvalidInput, KdpoError, NotPermitted, Unavailable
@@ -16,6 +17,8 @@ from core.spec import SpecModel
 
 _NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
 _MAX_ID = 96
+# Answers that another attempt may not get: too slow, another commit at the same time, too often.
+_PASSING = frozenset({408, 409, 412, 423, 425, 429})
 
 
 class PushTarget(SpecModel):
@@ -81,6 +84,7 @@ def push(folder: Path, target: PushTarget, settings: Settings, *, message: str) 
         Unavailable: the hub does not answer.
     """
     api = HfApi(token=push_token(target, settings))
+    disable_progress_bars()  # a bar is not a line of a log
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     try:
         api.create_repo(target.repo_id, private=target.private, exist_ok=True)
@@ -89,15 +93,22 @@ def push(folder: Path, target: PushTarget, settings: Settings, *, message: str) 
             [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files],
             commit_message=message,
         )
-    except (HfHubHTTPError, HFValidationError, *_NETWORK_ERRORS) as error:
+    except (HfHubHTTPError, HFValidationError, ValueError, RuntimeError, *_NETWORK_ERRORS) as error:
         raise _failed(target, error) from error
     return Pushed(target.repo_id, made.oid, made.commit_url)
 
 
 def _failed(target: PushTarget, error: Exception) -> KdpoError:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, HFValidationError) or (status is not None and 400 <= status < 500):
-        said = type(error).__name__ if status is None else f"answered {status}"
+    said = None
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if 400 <= status < 500 and status not in _PASSING:
+            said = f"answered {status}"
+    elif isinstance(error, HFValidationError):
+        said = "has no such names"
+    elif isinstance(error, ValueError) and "metadata" in str(error):
+        said = "does not take the front matter of README.md"
+    if said is not None:
         return InvalidInput(
             f"the hub refuses the push to {target.repo_id}: it {said}",
             code="push_refused",

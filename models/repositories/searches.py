@@ -100,6 +100,9 @@ class SearchRepository:
     def quote(self, study: StudyRow, quote: dict[str, Any], message: str) -> None:
         """Keep what is promised at this moment, and tell whoever follows the job."""
         study.quotes = [*study.quotes, quote]
+        # The job shows it as its estimate, also while it is queued.
+        moved = update(Job).where(Job.id == study.job_id).values(version=Job.version + 1)
+        self._session.execute(moved.execution_options(synchronize_session=False))
         append_event(
             self._session, study.job_id, EventType.STUDY_QUOTED, message,
             data={"study_id": study.id, **quote},

@@ -255,7 +255,7 @@ def test_a_client_that_knows_only_dpo_asks_for_a_selection(world: World) -> None
     dataset = world.dataset()
     body = {"model": "tiny-lm", "dataset_id": dataset, "selection": "auto"}
     auto = {"type": "auto", "auto": {"search": {"max_trials": 9}}}
-    for method, trials in ({"type": "dpo"}, None), (auto, 9):
+    for method, trials in ({"type": "dpo"}, None), ({"type": "dpo", "dpo": {}}, None), (auto, 9):
         job = world.post("/v1/fine_tuning/jobs", json={**body, "method": method}).json()
         assert job["method"]["type"] == "auto"
         assert job["method"]["auto"]["search"]["max_trials"] == trials

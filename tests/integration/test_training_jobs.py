@@ -330,6 +330,9 @@ def test_a_checkpoint_is_cast_and_pushed(
         assert world.attempt(export.run)["hub"]["repo_id"] == "acme/aligned"
         assert "adapter_model.safetensors" in hub.files
         assert b"base_model:" not in hub.files["README.md"], "a folder of this machine"
+        world.job(JobKind.EXPORT, spec={**spec, "checkpoint_id": "ckpt_gone", "merge": False})
+        with pytest.raises(RunAborted, match="was deleted, expected one to push"):
+            world.attempt(export.run)
         hub.status = 403
         world.job(JobKind.EXPORT, spec={**spec, "merge": False})
         with pytest.raises(RunAborted, match="answered 403") as refused:

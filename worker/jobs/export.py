@@ -70,8 +70,7 @@ def _push(context: JobContext, target: PushTarget, checkpoint_id: str) -> dict[s
     done = context.step_result("push")
     if done is not None:
         return done
-    with context.database.reading() as session:
-        row = ExperimentRepository(session).checkpoint(context.job.owner_id, checkpoint_id)
+    row = _row(context, checkpoint_id, wanted="one to push")
     sealed = verified(context.settings.artifact_dir / row.path, sha256=row.manifest_sha256)
     context.raise_if_stopped()
     context.phase(Phase.UPLOADING)
@@ -133,16 +132,7 @@ def adapter_row(context: JobContext, *, to: str) -> Checkpoint:
     Raises:
         RunAborted: it is no adapter, or was deleted.
     """
-    named = str(context.job.spec["checkpoint_id"])
-    try:
-        with context.database.reading() as session:
-            row = ExperimentRepository(session).checkpoint(context.job.owner_id, named)
-    except NotFound as error:
-        raise RunAborted(
-            f"checkpoint {named} was deleted, expected an adapter to {to}",
-            failure=FailureCode.CHECKPOINT_CORRUPT,
-            hint="name another checkpoint, or run the fine-tuning job again",
-        ) from error
+    row = _row(context, str(context.job.spec["checkpoint_id"]), wanted=f"an adapter to {to}")
     if row.kind != "adapter":
         raise RunAborted(
             f"checkpoint {row.id} is of kind {row.kind!r}, expected an adapter to {to}",
@@ -150,6 +140,23 @@ def adapter_row(context: JobContext, *, to: str) -> Checkpoint:
             hint="name the checkpoint `final` or `baseline` of a fine-tuning job",
         )
     return row
+
+
+def _row(context: JobContext, checkpoint_id: str, *, wanted: str) -> Checkpoint:
+    """Return a checkpoint of the job's owner.
+
+    Raises:
+        RunAborted: it was deleted.
+    """
+    try:
+        with context.database.reading() as session:
+            return ExperimentRepository(session).checkpoint(context.job.owner_id, checkpoint_id)
+    except NotFound as error:
+        raise RunAborted(
+            f"checkpoint {checkpoint_id} was deleted, expected {wanted}",
+            failure=FailureCode.CHECKPOINT_CORRUPT,
+            hint="name another checkpoint, or run the fine-tuning job again",
+        ) from error
 
 
 def check_base(folder: Path, manifest: dict[str, Any]) -> None:

@@ -73,6 +73,12 @@ def test_a_hub_that_says_no_or_nothing(
         push(folder, stranger, settings, message="m")
     assert refused.value.code == "push_refused"
     assert "hf_mayread" not in str(refused.value)
+    hub.status = 429
+    with pytest.raises(Unavailable, match="broke off"):
+        push(folder, TARGET, settings, message="m")
+    hub.status, hub.card_errors = 200, ["base_model is no id"]
+    with pytest.raises(InvalidInput, match="front matter"):
+        push(folder, TARGET, settings, message="m")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(Unavailable, match="broke off"):
         push(folder, TARGET, settings, message="m")

@@ -23,6 +23,7 @@ class WritableHub:
     made: list[dict[str, object]] = field(default_factory=list)
     message: str = ""
     status: int = 200
+    card_errors: list[str] = field(default_factory=list)
 
     def answer(self, path: str, token: str, body: bytes) -> tuple[int, object]:
         if self.status != 200 or token != f"Bearer {TOKEN}":
@@ -32,7 +33,8 @@ class WritableHub:
                 self.made.append(json.loads(body))
                 return 200, {"url": f"{constants.ENDPOINT}/acme/aligned"}
             case "/api/validate-yaml":
-                return 200, {"errors": [], "warnings": []}
+                errors = [{"message": message} for message in self.card_errors]
+                return (400 if errors else 200), {"errors": errors, "warnings": []}
             case "/api/models/acme/aligned/preupload/main":
                 named = [file["path"] for file in json.loads(body)["files"]]
                 modes = [
