@@ -147,6 +147,8 @@ def test_an_interrupted_command_leaves_a_job_that_goes_on(
                 "--method", "dpo", "--set", "max_steps=40", "--set", "batch_size=4",
             ],
             cwd=tmp_path, env={**kept, **environment}, stdout=log, stderr=log,
+            # As from a terminal: what a shell runs with `&` begins with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     said = tmp_path / "stderr"
     wait_for("the job to run", lambda: "fine-tuning: running" in said.read_text(), timeout_s=120)

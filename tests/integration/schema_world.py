@@ -112,7 +112,7 @@ def read_schema(live: Live) -> BaseSchema:
 def operations(schema: BaseSchema) -> list[APIOperation]:
     """Return all operations, in an order in which what one ends is not needed after it."""
     found = [result.ok() for result in schema.get_all_operations()]
-    late = ("cancel_", "complete_", "delete_", "revoke_")
+    late = ("cancel_", "complete_", "delete_", "drain_", "revoke_")
     return sorted(found, key=lambda one: name_of(one).startswith(late))
 
 
