@@ -51,7 +51,7 @@ demo: setup ## Upload, recommend, train and compare on a tiny model, on this mac
 test: setup ## Run every test, end-to-end ones included (minutes)
 	$(PYTEST)
 
-soak: setup ## Run the long tests, kill a search's workers 50 times, send 20,000 good and bad requests (half an hour)
+soak: setup ## Run the long tests, kill a search's workers 50 times, send 20,000 good and bad requests (tens of minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 	SEARCH_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_search_workers.py
 	SCHEMA_CASES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_schema.py

@@ -141,7 +141,7 @@ def create_api_key(_admin: Admin, database: Db, settings: Config, body: CreateKe
     "/{key_id}",
     operation_id="revoke_api_key",
     status_code=204,
-    responses={204: {"description": "Revoked: no request with it passes any more"}},
+    responses={204: {"description": "Revoked: within a second no request with it passes any more"}},
 )
 async def revoke_api_key(request: Request, _admin: Admin, database: Db, key_id: KeyId) -> None:
     """Revoke a key for good; its row stays for the audit log.
@@ -150,7 +150,7 @@ async def revoke_api_key(request: Request, _admin: Admin, database: Db, key_id: 
     """
     await run_in_threadpool(_revoke, database, key_id)
     ring: KeyRing = request.app.state.keys
-    await ring.forget()
+    ring.forget()
 
 
 def _revoke(database: Database, key_id: str) -> None:

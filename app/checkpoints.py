@@ -1,10 +1,10 @@
 """Checkpoints: list, get, keep, delete, download file by file, export."""
 
 import time
-from typing import Annotated, Literal, Self
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
 from app.checkpoint_views import (
@@ -40,7 +40,7 @@ from app.responses import (
     with_etag,
 )
 from core.errors import Conflict
-from core.hub_push import PushTarget, push_token
+from core.hub_push import ExportOptions, push_token
 from core.lifecycle import JobKind
 from core.spec import SpecModel
 from models.experiment import Checkpoint
@@ -52,32 +52,12 @@ from models.session import Database
 router = APIRouter(prefix="/checkpoints", tags=["checkpoints"])
 
 
-class CreateExport(SpecModel):
+class CreateExport(ExportOptions):
     """How to export a checkpoint."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"merge": True}, {"merge": True, "dtype": "bfloat16"}]}
     )
-
-    merge: bool = Field(
-        default=True,
-        description="merge the adapter into the base model's weights, as a checkpoint of its own; "
-        "false: push the checkpoint as it is",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="precision of the merged weights; null: that of the base"
-    )
-    push_to_hub: PushTarget | None = Field(
-        default=None, description="push what is made, or the checkpoint, to the hub"
-    )
-
-    @model_validator(mode="after")
-    def _does_something(self) -> Self:
-        if not self.merge and self.push_to_hub is None:
-            raise ValueError("merge is false and push_to_hub is missing: nothing is to be done")
-        if not self.merge and self.dtype is not None:
-            raise ValueError("dtype is of merged weights, and merge is false: leave one out")
-        return self
 
 
 class UpdateCheckpoint(SpecModel):

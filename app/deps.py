@@ -22,6 +22,7 @@ from app.queue import CeleryQueue
 from app.responses import ListOf, list_of, next_page
 from core.errors import ErrorDetail, InvalidInput, NotPermitted, Unauthenticated, UnsupportedMedia
 from core.settings import LOOPBACK_HOSTS, Settings
+from models.owner import ApiKey
 from models.repositories.paging import PageQuery
 from models.session import Database
 
@@ -107,15 +108,27 @@ async def authenticate(request: Request, credentials: Credentials) -> Caller:
             code="missing_api_key",
             hint="`kdpo keys create` makes a key",
         )
-    ring: KeyRing = request.app.state.keys
-    key = await ring.find(credentials.credentials)
+    key = await paid_key(request, credentials.credentials)
     if key is None:
         raise Unauthenticated(
             "the API key is unknown, revoked or expired", hint="`kdpo keys list` shows the keys"
         )
-    rate = key.requests_per_minute or settings.auth.requests_per_minute
-    await spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
     return Caller(key.owner_id, key.id, frozenset(key.scopes))
+
+
+async def paid_key(request: Request, secret: str) -> ApiKey | None:
+    """Return a usable key, one of its requests taken; None where there is no such key.
+
+    Raises:
+        TooManyRequests: the key has asked too often.
+    """
+    ring: KeyRing = request.app.state.keys
+    settings: Settings = request.app.state.settings
+    key = await ring.find(secret)
+    if key is not None:
+        rate = key.requests_per_minute or settings.auth.requests_per_minute
+        await spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
+    return key
 
 
 def refuse_foreign_pages(request: Request, settings: Settings) -> None:

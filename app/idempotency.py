@@ -19,11 +19,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.deps import refuse_foreign_pages
+from app.deps import paid_key, refuse_foreign_pages
 from app.errors import kdpo_problem, problem_response
 from app.exchange_bodies import Answer, Body
-from app.key_ring import KeyRing
-from app.limits import spend
 from core.errors import KdpoError, StorageFull, Unavailable
 from core.lifecycle import JobKind
 from core.settings import Settings
@@ -293,13 +291,8 @@ async def _caller_id(request: Request) -> str | None:
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return None
-    ring: KeyRing = request.app.state.keys
-    key = await ring.find(secret.strip())
-    if key is None:
-        return None
-    rate = key.requests_per_minute or settings.auth.requests_per_minute
-    await spend(request, owner_id=key.owner_id, key_id=key.id, per_minute=rate)
-    return key.id
+    key = await paid_key(request, secret.strip())
+    return None if key is None else key.id
 
 
 def _job_path(job: Job) -> str:

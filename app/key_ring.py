@@ -39,8 +39,11 @@ class KeyRing:
                 self._kept[secret_sha256] = (key, now + KEPT_S)
         return key
 
-    async def forget(self) -> None:
-        """Look every key up again: one of them was revoked, perhaps while it was looked up."""
+    def forget(self) -> None:
+        """Look every key up again: one of them was revoked, perhaps while it was looked up.
+
+        Like `find`, it is called on the event loop.
+        """
         self._forgotten += 1
         self._kept = {}
 

@@ -138,19 +138,22 @@ def events(place: Place) -> Iterator[Row]:
         jobs = place.seeded.running[:workers]
         with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
             list(pool.map(_append_for, [place.url] * workers, jobs, [0.2] * workers))
-            counts = list(pool.map(_append_for, [place.url] * workers, jobs, [EVENTS_S] * workers))
-        yield {"workers": workers, "events": sum(counts), "events_s": sum(counts) / EVENTS_S}
+            took = pool.map(_append_for, [place.url] * workers, jobs, [EVENTS_S] * workers)
+            seconds = [one for each in took for one in each]
+        yield {
+            "workers": workers, "events_s": len(seconds) / EVENTS_S, **api_load.summary(seconds),
+        }  # fmt: skip
 
 
-def _append_for(url: str, job_id: str, seconds: float) -> int:
-    """Append events as a worker does, a transaction each, for so long."""
-    database, count = Database(url, pool_size=1), 0
+def _append_for(url: str, job_id: str, seconds: float) -> list[float]:
+    """Append events as a worker does, a transaction each, for so long; seconds of each."""
+    database, found = Database(url, pool_size=1), list[float]()
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        _append(database, job_id, count)
-        count += 1
+    while (began := time.monotonic()) < deadline:
+        _append(database, job_id, len(found))
+        found.append(time.monotonic() - began)
     database.dispose()
-    return count
+    return found
 
 
 def _append(database: Database, job_id: str, number: int) -> None:
@@ -188,8 +191,8 @@ async def _streamed(place: Place, database: Database, job_ids: list[str], before
     last = [max(one) for one in rounds]
     return {
         "streams": len(job_ids), "events": len(rounds),
-        **{f"p{p}_ms": 1e3 * api_load.quantile(each, p / 100) for p in (50, 95)},
-        **{f"last_p{p}_ms": 1e3 * api_load.quantile(last, p / 100) for p in (50, 95)},
+        **{f"p{p}_ms": 1e3 * api_load.quantile(each, p / 100) for p in (50, 95, 99)},
+        **{f"last_p{p}_ms": 1e3 * api_load.quantile(last, p / 100) for p in (50, 95, 99)},
         "stream_bytes": (during.pss - before.pss) / len(job_ids),
     }  # fmt: skip
 

@@ -77,16 +77,20 @@ class Connection:
         async with asyncio.timeout(TIMEOUT_S):
             is_kept = self._reader is not None
             try:
-                head = await (reader := await self.send(path)).readuntil(b"\r\n\r\n")
+                reader, head = await self._asked(path)
             except (asyncio.IncompleteReadError, ConnectionError):
                 if not is_kept:
                     raise
                 self.close()
-                head = await (reader := await self.send(path)).readuntil(b"\r\n\r\n")
+                reader, head = await self._asked(path)
             length = _LENGTH.search(head)
             body = await reader.readexactly(int(length[1]) if length is not None else 0)
         check(head, path, body)
         return body
+
+    async def _asked(self, path: str) -> tuple[asyncio.StreamReader, bytes]:
+        reader = await self.send(path)
+        return reader, await reader.readuntil(b"\r\n\r\n")
 
     def close(self) -> None:
         """Close it; another request opens it again."""

@@ -99,23 +99,28 @@ def list_table(rows: Row) -> str:
 def event_table(rows: Row) -> str:
     """Events that are appended."""
     lines = [
-        "| workers that append events, a transaction each | events/s |",
-        "|---|---|",
-        *(f"| {row['workers']} | {row['events_s']:,.0f} |" for row in rows.get("events", [])),
+        "| workers that append events, a transaction each | events/s | p50, ms | p95 | p99 |",
+        "|---|---|---|---|---|",
     ]
+    lines.extend(
+        f"| {row['workers']} | {row['events_s']:,.0f} | {row['p50_ms']:.1f} | {row['p95_ms']:.1f} "
+        f"| {row['p99_ms']:.1f} |"
+        for row in rows.get("events", [])
+    )
     return "\n".join(lines)
 
 
 def stream_table(rows: Row) -> str:
     """Open streams."""
     lines = [
-        "| open streams | follow | commit to arrival: p50, ms | p95 | at the last stream: p50 "
-        "| p95 | memory each, kB |",
-        "|---|---|---|---|---|---|---|",
+        "| open streams | follow | commit to arrival: p50, ms | p95 | p99 | at the last "
+        "stream: p50 | p95 | p99 | memory each, kB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines.extend(
         f"| {row['streams']} | {row['form']} | {row['p50_ms']:.0f} | {row['p95_ms']:.0f} "
-        f"| {row['last_p50_ms']:.0f} | {row['last_p95_ms']:.0f} | {row['stream_bytes'] / 1e3:.0f} |"
+        f"| {row['p99_ms']:.0f} | {row['last_p50_ms']:.0f} | {row['last_p95_ms']:.0f} "
+        f"| {row['last_p99_ms']:.0f} | {row['stream_bytes'] / 1e3:.0f} |"
         for row in rows.get("streams", [])
     )
     return "\n".join(lines)

@@ -42,7 +42,7 @@ ALLOW_PATTERNS = (
 IGNORE_PATTERNS = ("*/*",)
 
 # What huggingface_hub raises when the network, a proxy or the server fails.
-_NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
+NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
 
 
 def resolve(name: str, settings: Settings) -> ModelRef:
@@ -81,7 +81,7 @@ def preflight(repo_id: str, settings: Settings) -> ModelRef:
             api.auth_check(repo_id)
     except (GatedRepoError, RepositoryNotFoundError, HFValidationError) as error:
         raise _refused(repo_id, error, settings) from error
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         return _cached(repo_id, settings, cause=error)
     _check_listing(repo_id, [sibling.rfilename for sibling in info.siblings or ()])
     return ModelRef(name=repo_id, source="hub", repo_id=repo_id, revision=info.sha)
@@ -149,7 +149,7 @@ def _download(
         raise _refused(ref.repo_id, error, settings) from error
     except LocalEntryNotFoundError as error:
         raise _unreachable(ref.repo_id, settings, cause=error) from error
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         raise Unavailable(
             f"the download of {ref.repo_id} broke off: {type(error).__name__}",
             code="model_unreachable",

@@ -3,20 +3,19 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal, Self
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from core.errors import InvalidInput, KdpoError, NotPermitted, Unavailable
-from core.hub import hub_is_on
+from core.hub import NETWORK_ERRORS, hub_is_on
 from core.settings import Settings
+from core.sources import HubRepo, SecretName, named_secret
 from core.spec import SpecModel
 
-_NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
-_MAX_ID = 96
 # Answers that another attempt may not get: too slow, another commit at the same time, too often.
 _PASSING = frozenset({408, 409, 412, 423, 425, 429})
 
@@ -24,15 +23,33 @@ _PASSING = frozenset({408, 409, 412, 423, 425, 429})
 class PushTarget(SpecModel):
     """A repository of the hub, and the named token that may write it."""
 
-    repo_id: str = Field(
-        max_length=_MAX_ID,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="owner/name; made if it is not there",
-    )
-    token_secret: str = Field(
-        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="name of a token in the server's settings"
-    )
+    repo_id: HubRepo
+    token_secret: SecretName
     private: bool = Field(default=True, description="of a repository that is made")
+
+
+class ExportOptions(SpecModel):
+    """What an export makes of a checkpoint, and where it goes."""
+
+    merge: bool = Field(
+        default=True,
+        description="merge the adapter into the base model's weights, as a checkpoint of its own; "
+        "false: push the checkpoint as it is",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="precision of the merged weights; null: that of the base"
+    )
+    push_to_hub: PushTarget | None = Field(
+        default=None, description="push what is made, or the checkpoint, to the hub"
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if not self.merge and self.push_to_hub is None:
+            raise ValueError("merge is false and push_to_hub is missing: nothing is to be done")
+        if not self.merge and self.dtype is not None:
+            raise ValueError("dtype is of merged weights, and merge is false: leave one out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -65,19 +82,11 @@ def push_token(target: PushTarget, settings: Settings) -> str:
             code="hub_off",
             param="push_to_hub",
         )
-    secret = settings.sources.secrets.get(target.token_secret)
-    if secret is None:
-        raise InvalidInput(
-            f"this server has no secret named {target.token_secret!r}",
-            code="unknown_secret",
-            param="push_to_hub.token_secret",
-            hint="the administrator sets one: KDPO_SOURCES__SECRETS__<NAME>=<token>",
-        )
-    return secret.get_secret_value()
+    return named_secret(target.token_secret, settings, param="push_to_hub.token_secret")
 
 
 def push(folder: Path, target: PushTarget, settings: Settings, *, message: str) -> Pushed:
-    """Commit all files of a folder; the same files again make no second commit of the hub's.
+    """Commit all files of a folder; a repository that is not there is made.
 
     Raises:
         NotPermitted, InvalidInput: as `push_token`; code `push_refused`: the hub says no.
@@ -93,29 +102,27 @@ def push(folder: Path, target: PushTarget, settings: Settings, *, message: str) 
             [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files],
             commit_message=message,
         )
-    except (HfHubHTTPError, HFValidationError, ValueError, RuntimeError, *_NETWORK_ERRORS) as error:
+    except (ValueError, RuntimeError, *NETWORK_ERRORS) as error:
         raise _failed(target, error) from error
     return Pushed(target.repo_id, made.oid, made.commit_url)
 
 
 def _failed(target: PushTarget, error: Exception) -> KdpoError:
-    said = None
+    why, hint = None, "name a token that may write there, and a name that the hub takes"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if 400 <= status < 500 and status not in _PASSING:
-            said = f"answered {status}"
+            why = f"answered {status}"
     elif isinstance(error, HFValidationError):
-        said = "has no such names"
+        why = "has no such names"
     elif isinstance(error, ValueError) and "metadata" in str(error):
-        said = "does not take the front matter of README.md"
-    if said is not None:
-        return InvalidInput(
-            f"the hub refuses the push to {target.repo_id}: it {said}",
-            code="push_refused",
-            param="push_to_hub",
-            hint="name a token that may write there, and a name that the hub takes",
+        why, hint = "does not take the front matter of README.md", "push what is merged"
+    if why is None:
+        return Unavailable(
+            f"the push to {target.repo_id} broke off: {type(error).__name__}",
+            hint="the next attempt pushes again",
         )
-    return Unavailable(
-        f"the push to {target.repo_id} broke off: {type(error).__name__}",
-        hint="the next attempt sends what the hub does not have yet",
-    )
+    return InvalidInput(
+        f"the hub refuses the push to {target.repo_id}: it {why}",
+        code="push_refused", param="push_to_hub", hint=hint,
+    )  # fmt: skip

@@ -15,15 +15,27 @@ from core.urls import parse_url
 
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 
+HubRepo = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$",
+        description="organisation/name",
+    ),
+]
+SecretName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9_]{1,64}$",
+        description="name of a secret in the server's settings; never the token",
+    ),
+]
+
 
 class HuggingFaceSource(SpecModel):
     """Data files of a dataset repository on the hub; its code is never run."""
 
     type: Literal["huggingface"]
-    repo_id: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$",
-        description="organisation/name",
-    )
+    repo_id: HubRepo
     config: Name | None = Field(default=None, description="needed where there are several")
     split: Name | None = Field(default=None, description="needed where there are several")
     revision: str | None = Field(
@@ -32,11 +44,7 @@ class HuggingFaceSource(SpecModel):
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$",
         description="branch, tag or commit; the commit it names now is what is read",
     )
-    token_secret: str | None = Field(
-        default=None,
-        pattern=r"^[a-z0-9_]{1,64}$",
-        description="name of a secret in the server's settings; never the token",
-    )
+    token_secret: SecretName | None = None
 
 
 class HttpsSource(SpecModel):
@@ -116,12 +124,21 @@ def token_of(source: HuggingFaceSource, settings: Settings) -> str | None:
     """
     if source.token_secret is None:
         return None
-    secret = settings.sources.secrets.get(source.token_secret)
+    return named_secret(source.token_secret, settings, param="source.token_secret")
+
+
+def named_secret(name: str, settings: Settings, *, param: str) -> str:
+    """Return the hub token that the server's settings have under a name.
+
+    Raises:
+        InvalidInput: code `unknown_secret`.
+    """
+    secret = settings.sources.secrets.get(name)
     if secret is None:
         raise InvalidInput(
-            f"this server has no secret named {source.token_secret!r}",
+            f"this server has no secret named {name!r}",
             code="unknown_secret",
-            param="source.token_secret",
+            param=param,
             hint="the administrator sets one: KDPO_SOURCES__SECRETS__<NAME>=<token>",
         )
     return secret.get_secret_value()

@@ -1,7 +1,7 @@
 """What people ask of a job that is there: to be cancelled, to be paused."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from sqlalchemy import bindparam, select, update
 
@@ -30,8 +30,9 @@ class JobPulse:
     gpu_seconds: float
 
 
+T = TypeVar("T", Job, JobPulse)
 # Asked with every poll of a job: it is put together once, and makes no object of the ORM.
-_PULSE = select(*(getattr(Job, name) for name in JobPulse.__dataclass_fields__)).where(
+_PULSE = select(*(getattr(Job, field.name) for field in fields(JobPulse))).where(
     Job.id == bindparam("job_id")
 )
 
@@ -45,10 +46,7 @@ class JobRequests(JobMoves):
         Raises:
             NotFound: no such job, another kind, or somebody else's.
         """
-        job = self._session.get(Job, job_id)
-        if job is None or job.owner_id != owner_id or (kind is not None and job.kind is not kind):
-            raise _no_job(job_id)
-        return job
+        return _seen(self._session.get(Job, job_id), owner_id, job_id, kind)
 
     def pulse(self, owner_id: str, job_id: str, *, kind: JobKind | None = None) -> JobPulse:
         """Return what tells whether the owner's job has changed.
@@ -57,9 +55,7 @@ class JobRequests(JobMoves):
             NotFound: no such job, another kind, or somebody else's.
         """
         row = self._session.execute(_PULSE, {"job_id": job_id}).one_or_none()
-        if row is None or row.owner_id != owner_id or (kind is not None and row.kind is not kind):
-            raise _no_job(job_id)
-        return JobPulse(*row)
+        return _seen(None if row is None else JobPulse(*row), owner_id, job_id, kind)
 
     def lock(self, owner_id: str, job_id: str, *, kind: JobKind | None = None) -> Job:
         """Return the owner's job as it is now; nobody moves it until this transaction ends.
@@ -139,5 +135,8 @@ class JobRequests(JobMoves):
         )
 
 
-def _no_job(job_id: str) -> NotFound:
-    return NotFound(f"no job {job_id!r}", hint="list your jobs to see their ids")
+def _seen(found: T | None, owner_id: str, job_id: str, kind: JobKind | None) -> T:
+    """Return what was found of a job where the owner may see it."""
+    if found is None or found.owner_id != owner_id or (kind and found.kind is not kind):
+        raise NotFound(f"no job {job_id!r}", hint="list your jobs to see their ids")
+    return found

@@ -1,6 +1,5 @@
 """Merges a published adapter into its base and publishes the full model; pushes to the hub."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ import torch
 
 from core.errors import FailureCode, InvalidInput, NotFound, NotPermitted, RunAborted
 from core.hub import fetch
-from core.hub_push import PushTarget, push
+from core.hub_push import ExportOptions, PushTarget, push
 from core.ids import ULID_LENGTH, IdPrefix
 from core.lifecycle import Phase
 from core.modelref import ModelRef
-from core.spec import SpecModel
 from models.experiment import Checkpoint
 from models.repositories.experiments import ExperimentRepository
 from worker.context import JobContext
@@ -24,21 +22,7 @@ from worker.training.reference import model_hashes
 from worker.training.resolve import apply_threads
 
 _LABEL = "merged"
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
-
-
-class ExportSpec(SpecModel):
-    """What an export job is to do, as the API has checked it."""
-
-    checkpoint_id: str
-    merge: bool = True
-    dtype: str | None = None
-    push_to_hub: PushTarget | None = None
-
-    @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> "ExportSpec":
-        """Return it from the spec of a job, which has more where the job was retried."""
-        return cls.model_validate({name: spec[name] for name in cls.model_fields if name in spec})
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run(context: JobContext) -> dict[str, Any]:
@@ -50,13 +34,16 @@ def run(context: JobContext) -> dict[str, Any]:
         CancelRequested, Preempted: the attempt was asked to stop.
         LeaseLost: another attempt owns the job.
     """
-    wanted = ExportSpec.of(context.job.spec)
+    spec = context.job.spec
+    names = ExportOptions.model_fields
+    # A job that was retried says so in its spec.
+    wanted = ExportOptions.model_validate({name: spec[name] for name in names if name in spec})
     steps = {"save": wanted.merge, "push": wanted.push_to_hub is not None}
     context.plan([name for name, is_wanted in steps.items() if is_wanted])
     made = _merge(context, wanted.dtype) if wanted.merge else {}
     if wanted.push_to_hub is None:
         return made
-    pushed_id = str(made.get("checkpoint_id", wanted.checkpoint_id))
+    pushed_id = str(made.get("checkpoint_id", spec["checkpoint_id"]))
     return {**made, "hub": _push(context, wanted.push_to_hub, pushed_id)}
 
 

@@ -309,9 +309,7 @@ def _merged_card(adapter_card: str, *, precision: str) -> str:
         f"2501.03271), merged into its base in float32 and stored as {precision}. The numbers "
         "below were measured with the adapter before merging."
     )
-    # Adapters of earlier versions name a folder of the machine that trained them.
-    lines = [line for line in adapter_card.split("\n") if not line.startswith("base_model: /")]
-    return _as_full_model("\n".join(lines), merged_is)
+    return _as_full_model(adapter_card, merged_is)
 
 
 def _as_full_model(adapter_card: str, what_it_is: str) -> str:

@@ -13,11 +13,6 @@ from models.session import Database
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def key_in(database: Database) -> tuple[str, str]:
     """A key's id and secret."""
     made = make_key("test")
@@ -45,7 +40,7 @@ async def test_a_revoked_key_is_taken_until_it_is_forgotten(sqlite_url: str) -> 
     assert first.id == key_id
     revoke(database, key_id)
     assert await ring.find(secret) is first
-    await ring.forget()
+    ring.forget()
     assert await ring.find(secret) is None
     database.dispose()
 
@@ -70,7 +65,7 @@ async def test_a_key_that_is_looked_up_while_it_is_revoked_is_not_kept(
         group.start_soon(ring.find, secret)
         await anyio.to_thread.run_sync(found.wait)
         revoke(database, key_id)
-        await ring.forget()
+        ring.forget()
         go_on.set()
     assert await ring.find(secret) is None
     database.dispose()

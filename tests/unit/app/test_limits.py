@@ -4,16 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import redis
 
 from app.limits import Limiter, LocalLimiter, RedisLimiter, Taken
 from tests.servers import RedisServer
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(params=["local", "redis"])
@@ -65,7 +61,20 @@ async def test_rates_hold_in_the_process_while_redis_is_away(
     await limiter.close()
 
 
-async def test_headers_are_those_of_the_draft_and_of_openai() -> None:
+async def test_a_connection_that_redis_has_closed_is_made_again(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    limiter = RedisLimiter(redis_url, prefix="test:")
+    assert (await limiter.take("key_a", 3)).allowed
+    with redis.Redis.from_url(redis_url) as admin:
+        assert admin.client_kill_filter(_type="normal", skipme=True) >= 1
+    await asyncio.sleep(0.05)
+    assert (await limiter.take("key_a", 3)).remaining == 1
+    assert not caplog.records
+    await limiter.close()
+
+
+def test_headers_are_those_of_the_draft_and_of_openai() -> None:
     headers = Taken(allowed=True, limit=60, remaining=59, full_s=0.4, retry_s=0.0).headers()
     assert headers == {
         "RateLimit-Policy": '"key";q=60;w=60',

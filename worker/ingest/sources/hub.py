@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
-import httpx2
 import yaml
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
@@ -16,7 +15,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -27,6 +25,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from core.errors import InvalidInput, KdpoError, StorageFull, Unavailable
+from core.hub import NETWORK_ERRORS
 from core.settings import MIB, Settings
 from core.sources import HuggingFaceSource, check_source, token_of
 from worker.ingest.sources.assembly import Checksum, Sink
@@ -37,7 +36,6 @@ _MAX_CARD_BYTES = 8 * MIB
 _MAX_FILES = 9_000
 _MAX_LISTED = 100_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NETWORK_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, OSError)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def pin(source: HuggingFaceSource, settings: Settings) -> HubPin:
             raise _unreachable(source, f"it named {commit[:60]!r} as a commit")
         files = _listed(api, source, commit)
         card = _card(source, commit, files, token)
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         raise _error_of(source, error) from error
     except HFValidationError as error:
         raise _not_found(source) from error
@@ -232,7 +230,7 @@ class HubRemote:
             )  # fmt: skip
         except StorageFull:
             raise
-        except _NETWORK_ERRORS as error:
+        except NETWORK_ERRORS as error:
             raise _error_of(self._source, error) from error
 
 
