@@ -97,11 +97,15 @@ SettingAnswer = Annotated[SettingFound | SettingRefused, Field(discriminator="ki
 
 
 class Racer(SpecModel):
-    """A configuration at the rung that counts; `files` has its losses, one file of each seed."""
+    """A configuration at the rung that counts; `files` has its losses, one file of each seed.
+
+    `log_losses` are those of its seeds, `log_loss` what they come to on one level.
+    """
 
     number: int
     label: str
     log_loss: float
+    log_losses: dict[int, float]
     drift: float | None
     feasible: bool
     standard_error: float | None

@@ -34,7 +34,7 @@ from core.spec import PenaltyTerm
 from selection.draws import REACH, RECOMMENDED, Setting, candidate_at
 from selection.quote import fit_shape, quote, shaped
 from selection.study import Arm, Budget
-from selection.ties import Floats, Ints
+from selection.ties import Entrant, Floats, Ints, on_level
 from selection.winner import FinishedTrial, paired_error, select_winner
 from selection.wire import (
     TaskFacts,
@@ -185,7 +185,8 @@ def _race(task: RaceTask) -> RaceFound:
     winner = found.winner if task.verdict is None else task.verdict
     gain = None
     if winner in by_number and task.baseline is not None and winner != task.baseline:
-        gain = _gain(by_number[winner], by_number[task.baseline], losses, group)
+        pairs = {} if group is None else _on_level(task, losses)
+        gain = _gain(by_number[winner], by_number[task.baseline], pairs, group)
     return RaceFound(
         winner=winner, tied=found.tied, basis=None if found.winner is None else basis,
         reason=found.reason, gain=gain,
@@ -216,7 +217,7 @@ def _finished(racer: Racer, task: RaceTask, losses: dict[int, Floats | None]) ->
     return FinishedTrial(
         number=racer.number,
         label=racer.label,
-        log_loss=racer.log_loss,
+        log_losses=racer.log_losses,
         drift=racer.drift,
         feasible=racer.feasible,
         standard_error=0.0 if racer is best else _independent(racer, best) or 0.0,
@@ -231,14 +232,18 @@ def _independent(one: Racer, other: Racer) -> float | None:
     return math.hypot(one.standard_error, other.standard_error)
 
 
-def _gain(
-    best: Racer, baseline: Racer, losses: dict[int, Floats | None], group: Ints | None
-) -> GainFound:
+def _on_level(task: RaceTask, losses: dict[int, Floats | None]) -> dict[int, Floats]:
+    """Losses of pairs on one level of seeds, by the number of the configuration."""
+    there = [(r, found) for r in task.racers if (found := losses[r.number]) is not None]
+    entrants = [Entrant(r.number, found, tuple(r.log_losses)) for r, found in there]
+    return dict(zip([e.number for e in entrants], on_level(entrants), strict=True))
+
+
+def _gain(best: Racer, baseline: Racer, pairs: dict[int, Floats], group: Ints | None) -> GainFound:
     value, error = baseline.log_loss - best.log_loss, _independent(best, baseline)
     basis: Basis = "independent"
-    ours, theirs = losses[best.number], losses[baseline.number]
-    if ours is not None and theirs is not None and group is not None:
-        error, basis = paired_error(theirs.mean(axis=0) - ours.mean(axis=0), group), "paired"
+    if group is not None and {best.number, baseline.number} <= pairs.keys():
+        error, basis = paired_error(pairs[baseline.number] - pairs[best.number], group), "paired"
     if error is None:
         return GainFound(log_loss=value, low=None, high=None, basis=None)
     return GainFound(log_loss=value, low=value - _Z * error, high=value + _Z * error, basis=basis)

@@ -84,7 +84,10 @@ class ParetoPoint(Schema):
 
     number: int = Field(description="of its trial with the seed of the search")
     label: str
-    log_loss: float = Field(description="mean over seeds")
+    log_loss: float = Field(
+        description="nats, on the level of the search's own seed: mean over its seeds, without "
+        "what a seed does to all trials alike"
+    )
     drift: float = Field(description="largest over seeds")
     gpu_seconds: float = Field(
         description="of its way from the start to this rung; mean over seeds"
@@ -228,6 +231,7 @@ class Standings:
                     number=config.number,
                     label=self.label(config),
                     log_loss=config.log_loss,
+                    log_losses={seed.repeat: seed.log_loss for seed in config.seeds},
                     drift=config.drift,
                     feasible=config.feasible,
                     standard_error=config.standard_error,

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.lifecycle import EndedBy
 from core.run_spec import CandidateSpec
+from core.seeds import levels
 from models.repositories.studies import Measurement
 
 _NO_FAULT = (None, EndedBy.BUDGET, EndedBy.PRUNER)
@@ -17,8 +18,9 @@ _NO_FAULT = (None, EndedBy.BUDGET, EndedBy.PRUNER)
 class Config:
     """A configuration at a rung: one measurement of each seed, the search's own seed first.
 
-    It is known by the number of its first trial. `drift` is the largest over seeds, None where one
-    is unknown; `feasible`: it may win, also by what it showed at longer rungs.
+    It is known by the number of its first trial. `log_loss` is on the level of the search's own
+    seed (`core.seeds.levels`); `drift` is the largest over seeds, None where one is unknown;
+    `feasible`: it may win, also by what it showed at longer rungs.
     """
 
     seeds: tuple[Measurement, ...]
@@ -88,21 +90,27 @@ def answer_rung(measured: Sequence[Measurement], plan: dict[str, Any]) -> int | 
 def configs_at(
     measured: Sequence[Measurement], rung: int | None, plan: dict[str, Any]
 ) -> list[Config]:
-    """Return the configurations that were measured at a rung; seeds of one are averaged."""
+    """Return the configurations that were measured at a rung, log-losses on one level of seeds."""
     out = _ruled_out(measured, plan)
     found: dict[tuple[str, int], list[Measurement]] = defaultdict(list)
     for one in sorted(measured, key=lambda m: (m.repeat, m.number)):
         if one.rung == rung and math.isfinite(one.log_loss):
             found[one.arm, one.draw].append(one)
-    return [_config(tuple(seeds), plan, out) for seeds in found.values()]
+    of_seeds = levels([{one.repeat: one.log_loss for one in seeds} for seeds in found.values()])
+    return [
+        _config(tuple(seeds), log_loss, plan, out)
+        for seeds, log_loss in zip(found.values(), of_seeds, strict=True)
+    ]
 
 
-def _config(seeds: tuple[Measurement, ...], plan: dict[str, Any], out: set[str]) -> Config:
+def _config(
+    seeds: tuple[Measurement, ...], log_loss: float, plan: dict[str, Any], out: set[str]
+) -> Config:
     drifts = [math.inf if one.drift is None else one.drift for one in seeds]
     drift = max(drifts) if math.isfinite(max(drifts)) else None
     return Config(
         seeds=seeds,
-        log_loss=math.fsum(one.log_loss for one in seeds) / len(seeds),
+        log_loss=log_loss,
         drift=drift,
         feasible=is_feasible(drift, plan) and not any(one.trial_id in out for one in seeds),
     )

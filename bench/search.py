@@ -14,7 +14,7 @@ from bench import search_fit, search_record, search_report, selection_cases, sel
 from bench.options import parse, table_parser
 from bench.search_fit import ShortRuns
 from bench.search_report import LAWS, MIN_DATASETS, Findings
-from bench.search_table import Case, cases, halved, worlds
+from bench.search_table import Case, Judge, cases, halved, worlds
 from bench.search_ties import named
 from bench.selection import SEEDS, find
 from bench.train_report import Row, Table
@@ -50,7 +50,8 @@ def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
     found = comparable(with_settings)
     with_one, also = worlds(single.rows, budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS)
     return Findings(
-        tuned=search_report.on_recorded(halved(found)),
+        tuned=search_report.on_recorded(halved(found, judge=Judge.CHECKPOINT)),
+        again=search_report.on_recorded(halved(found, judge=Judge.OTHER_SEEDS)),
         single=search_report.on_recorded(with_one),
         told=[*told, *also],
         made_up={
@@ -58,6 +59,7 @@ def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
         },
         replicates=replicates,
         settings=found[0].settings if found else 0,
+        twice=min((case.twice for case in found), default=0),
         names=[named(case) for case in found],
         short=short_runs(found, single.rows),
     )

@@ -80,6 +80,9 @@ def repeated(looks: Sequence[Looks]) -> list[Repeated]:
 
 def looks_of_case(case: Case) -> list[Looks]:
     """One seed on one half of the prompts and the other seed on the other half, both ways."""
+    case = case.first(case.twice)
+    if len(case.seeds) < 2 or not case.twice:
+        return []
     first, second = case.seeds[:2]
     found = []
     for half in HALVES:

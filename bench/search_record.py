@@ -1,9 +1,10 @@
 """Records the table that searches are replayed on: short runs of the shipped model.
 
 Every arm at every setting below, with two seeds of data order and adapter on one split, in the
-order setting, dataset, pair, so that what is there counts whenever it is stopped. Kept are the
-margins of every validation pair, at the end and on the way: log-losses, ties and comparisons of
-two seeds all follow from them. Several processes may record into one file, each its own seeds.
+order seed, setting, dataset, pair, so that what is there counts whenever it is stopped. Kept are
+the margins of every validation pair, at the end and on the way: log-losses, ties and comparisons of
+two seeds all follow from them. Rungs are those that a search of such runs has. Several processes
+may record into one file, each its own seeds or datasets.
 """
 
 import fcntl
@@ -31,6 +32,7 @@ from core.run_spec import CandidateSpec, LoraSpec
 from core.spec import ObjectiveSpec
 from objectives import build_objective
 from selection.draws import RECOMMENDED, Setting, candidate_at
+from selection.study import ladder
 from worker.training.evaluate import Measured, trial_score
 from worker.training.loop import train
 from worker.training.model import Policy, load_policy
@@ -38,15 +40,15 @@ from worker.training.model import Policy, load_policy
 TABLE = ROOT / "bench" / "tables" / "search.jsonl"
 DATASETS = ("truthfulqa", "comve-reasons", "ai-risk", "hh-harmless")
 """Of the public datasets at hand those with enough short pairs that a run teaches something."""
-STEPS = 16
-RUNGS = (2, 5)
+STEPS = 80
+WARMUP = 1
+"""A step, so that no rung lies within it."""
+RUNGS = ladder(STEPS, warmup_steps=WARMUP)[:-1]
 SETTINGS = (
     RECOMMENDED,
     Setting(learning_rate=2.0, beta=2.0, gamma=0.5, alpha=0.5),
     Setting(learning_rate=0.5, beta=0.5, gamma=2.0, alpha=2.0),
     Setting(learning_rate=2.0, beta=0.5, gamma=0.5, alpha=2.0),
-    Setting(learning_rate=0.5, beta=2.0, gamma=2.0, alpha=0.5),
-    Setting(learning_rate=2.0),
 )
 """Factors on the recommended values, the same for every pair."""
 SPLIT_SEED = 0
@@ -56,14 +58,13 @@ LONGER = {"hh-harmless": 96}
 """Tokens of the longest pair, of datasets that have too few of the usual length."""
 TRAIN_PAIRS = 300
 VALIDATION_PAIRS = 160
-RUNG_PAIRS = 64
-BATCH = 8
+BATCH = 4
 BUDGET: dict[str, Any] = selection_cases.BUDGET | {
-    "steps": STEPS, "batch_size": BATCH, "warmup_steps": 1, "split_seed": SPLIT_SEED,
+    "steps": STEPS, "batch_size": BATCH, "warmup_steps": WARMUP, "split_seed": SPLIT_SEED,
     "held_out": HELD_OUT, "longest": LONGEST, "train_pairs": TRAIN_PAIRS,
-    "validation_pairs": VALIDATION_PAIRS, "rung_pairs": RUNG_PAIRS,
+    "validation_pairs": VALIDATION_PAIRS,
 }  # fmt: skip
-"""What every run has; the warm-up is one step, so that no rung lies within it."""
+"""What every run has."""
 
 
 def budget_of(data: str) -> dict[str, Any]:
@@ -94,11 +95,11 @@ class Todo:
 
 
 def missing(table: Table, sources: Sequence[Source], seeds: Sequence[int]) -> list[Todo]:
-    """All that the table lacks: one setting after another, so that a part of it is of use."""
+    """All that the table lacks, one setting after another, so that a part of it is of use."""
     found = []
-    for setting in range(len(SETTINGS)):
-        for source in sources:
-            for seed in seeds:
+    for seed in seeds:
+        for setting in range(len(SETTINGS)):
+            for source in sources:
                 empty = Todo(source, seed, setting, (), profile=False)
                 runs = tuple(
                     name
@@ -134,7 +135,7 @@ class _Rungs:
 
     def stepped(self, step: int, total: int) -> None:
         if step in RUNGS:
-            self.found[str(step)] = _figures(self._case.measured(RUNG_PAIRS))
+            self.found[str(step)] = _figures(self._case.measured())
 
     def stopping(self) -> bool:
         return False
@@ -203,7 +204,7 @@ def opened(policy: Policy, source: Source, scratch: Path) -> OpenCase:
             f"{source.path} leaves {len(case.validation)} pairs of at most {longest} tokens for "
             f"validation; a table wants {VALIDATION_PAIRS}: leave it out with --datasets"
         )
-    plan = replace(case.plan, batch_size=BATCH, warmup_steps=BUDGET["warmup_steps"])
+    plan = replace(case.plan, batch_size=BATCH, warmup_steps=WARMUP)
     return replace(case, plan=plan)
 
 

@@ -260,15 +260,19 @@ def goal_table(found: Sequence[Row]) -> str:
 class Findings:
     """All replays: on the table with `settings`, on that with one, and on made-up worlds by law.
 
-    `names` are A/A tests by dataset, `short` is what rungs of the tables say of whole runs.
+    `tuned` is judged by the checkpoints that were picked; `again` by another seed's runs of what
+    was picked, at `twice` settings. `names` are A/A tests by dataset, `short` is what rungs of the
+    tables say of whole runs.
     """
 
     tuned: Sequence[Outcome]
+    again: Sequence[Outcome]
     single: Sequence[Outcome]
     told: Sequence[str]
     made_up: dict[str, Sequence[Outcome]]
     replicates: int
     settings: int = 0
+    twice: int = 0
     names: Sequence[Names] = ()
     short: Sequence[ShortRuns] = ()
 
@@ -284,9 +288,12 @@ def block(found: Findings) -> str:
     parts = [BEGIN, goal_table(found.goals)]
     number = str(found.settings or "several")
     for title, outcomes_of, lacking in (
-        (f"Pairs at {number} settings (`bench/tables/search.jsonl`)", found.tuned,
+        (f"Checkpoints of pairs at {number} settings (`bench/tables/search.jsonl`)", found.tuned,
          "Nothing is whole yet: `FULL=1 make bench-search` (hours)."),
-        ("Pairs at one setting (`bench/tables/selection.jsonl`)", found.single,
+        (f"Other seeds of what was picked, {found.twice or 'several'} settings (the same table)",
+         found.again, "No second seed is whole yet: `FULL=1 make bench-search` (hours)."),
+        ("Pairs at one setting (`bench/tables/selection.jsonl`), judged by the other seed",
+         found.single,
          "Nothing whole is recorded yet: `FULL=1 make bench-selection`."),
     ):  # fmt: skip
         parts.append(f"**{title}.**")
@@ -310,7 +317,10 @@ def report(found: Findings, *, publish: bool) -> None:
     print(text)
     if publish:
         publish_block(PAGE, text)
-        sources = {"settings": found.tuned, "one setting": found.single, **found.made_up}
+        sources = {
+            "settings": found.tuned, "other seeds": found.again, "one setting": found.single,
+            **found.made_up,
+        }  # fmt: skip
         summary = {
             "goals": said,
             "share_of_grid": SHARE,

@@ -114,7 +114,7 @@ def _winner(world: World, found: Answer) -> Trial | None:
         FinishedTrial(
             number=number,
             label=trials[number].arm,
-            log_loss=float(seen.mean()),
+            log_losses={0: float(seen.mean())},
             drift=found.compared[number].drift,
             feasible=True,
             losses=seen[None],

@@ -3,13 +3,15 @@
 `bench/tables/selection.jsonl` (bench.selection) has every pair at one setting, each seed on a split
 of its own: a search sees one seed and is judged by the others. `bench/tables/search.jsonl`
 (bench.search_record) has every pair at several settings and two seeds on one split: a search sees
-one seed on one half of the validation prompts and is judged by the other seed on the other half.
+one seed on one half of the validation prompts and is judged on the other half, by the run that it
+picked, which is what a job hands out, or by the other seed's run of what it picked.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
@@ -128,20 +130,36 @@ def _by_seed(rows: Sequence[Row], steps: Sequence[int], *, sees: int) -> _Record
 class Case:
     """The runs of one dataset at whole settings, by (arm, setting, seed).
 
-    `group` (pairs,) numbers the prompts of the validation pairs; `scores` are the recommender's.
+    `whole` says of how many settings, from the first on, a seed has all pairs; `group` (pairs,)
+    numbers the prompts of the validation pairs; `scores` are the recommender's.
     """
 
     data: str
-    settings: int
-    seeds: tuple[int, ...]
+    whole: dict[int, int]
     scores: dict[str, float]
     group: Ints
     runs: dict[Place, Row]
 
+    @property
+    def settings(self) -> int:
+        """Whole settings of the seed that has most."""
+        return max(self.whole.values())
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds with any whole setting."""
+        return tuple(sorted(self.whole))
+
+    @property
+    def twice(self) -> int:
+        """Settings that are whole with two seeds."""
+        return sorted((0, *self.whole.values()))[-2]
+
     def first(self, settings: int) -> "Case":
         """The same with its first so many settings."""
         kept = {place: row for place, row in self.runs.items() if place[1] < settings}
-        return replace(self, settings=settings, runs=kept)
+        whole = {seed: min(settings, number) for seed, number in self.whole.items()}
+        return replace(self, whole=whole, runs=kept)
 
     @property
     def half(self) -> Ints:
@@ -188,49 +206,71 @@ def cases(rows: Sequence[Row]) -> tuple[list[Case], list[str]]:
     found: list[Case] = []
     told: list[str] = []
     for key in sorted(runs):
-        settings = _whole_settings(runs[key])
-        seeds = tuple(sorted({row["seed"] for row in runs[key]}))
-        if not settings or len(seeds) < 2:
-            told.append(f"{key[0]}: not all pairs are measured at two seeds.")
+        by_seed: dict[int, list[Row]] = defaultdict(list)
+        for row in runs[key]:
+            by_seed[row["seed"]].append(row)
+        numbers = {seed: _whole_settings(of) for seed, of in sorted(by_seed.items())}
+        whole = {seed: number for seed, number in numbers.items() if number}
+        if not whole:
+            told.append(f"{key[0]}: not all pairs are measured at any setting.")
             continue
-        about = profiles.get((key, seeds[0]))
+        about = profiles.get((key, min(by_seed)))
         scores = _scores(about)
         if about is None or scores is None:
             told.append(f"{key[0]}: the metrics are missing, or too old to be read.")
             continue
         found.append(
             Case(
-                data=key[0], settings=settings, seeds=seeds, scores=scores,
-                group=np.array(about["group"]),
+                data=key[0], whole=whole, scores=scores, group=np.array(about["group"]),
                 runs={
                     (row["pair"], row["setting"], row["seed"]): row
                     for row in runs[key]
-                    if row["setting"] < settings
+                    if row["setting"] < whole.get(row["seed"], 0)
                 },
             )
         )  # fmt: skip
     return found, told
 
 
-def halved(found: Sequence[Case]) -> list[World]:
-    """Of every case a world for each seed and half that a search may see."""
-    return [
-        _world_of(case, sees=seed, half=half)
-        for case in found
-        for seed in case.seeds
-        for half in HALVES
-    ]
+class Judge(StrEnum):
+    """What a pick is worth: the checkpoint itself, or what was picked, trained with other seeds."""
+
+    CHECKPOINT = "checkpoint"
+    OTHER_SEEDS = "other seeds"
 
 
-def _world_of(case: Case, *, sees: int, half: int) -> World:
+def halved(found: Sequence[Case], *, judge: Judge) -> list[World]:
+    """Of every case a world for each half and seed that a search may see; judged on the other half.
+
+    With all settings of the case, or, where other seeds judge, with those that they have too.
+    """
+    worlds = []
+    for case in found:
+        settings = case.settings if judge is Judge.CHECKPOINT else case.twice
+        if settings:
+            kept = case.first(settings)
+            seeds = [seed for seed, number in kept.whole.items() if number == settings]
+            kept = replace(kept, whole=dict.fromkeys(seeds, settings))
+            worlds += [
+                _world_of(kept, sees=seed, half=half, judge=judge)
+                for seed in seeds
+                for half in HALVES
+            ]
+    return worlds
+
+
+def _world_of(case: Case, *, sees: int, half: int, judge: Judge) -> World:
     shown: dict[tuple[str, int, int], Shown] = {}
     pairs: dict[tuple[str, int, int], Floats] = {}
     hidden: dict[tuple[str, int], list[Worth]] = defaultdict(list)
     for arm, setting, seed in case.runs:
-        if seed != sees:
+        if seed not in case.whole:
+            continue
+        if (seed == sees) is (judge is Judge.CHECKPOINT):
             other = case.scored((arm, setting, seed), len(RUNGS), half=1 - half)
             worth = NO_TRAINING if other is None else Worth(other.log_loss, other.accuracy)
             hidden[arm, setting].append(worth)
+        if seed != sees:
             continue
         for rung in range(len(RUNGS) + 1):
             score = case.scored((arm, setting, seed), rung, half=half)

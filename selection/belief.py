@@ -6,7 +6,8 @@ In percent of log-loss, the unit of the recommender's scores. At rung k a trial 
     z_c = b score_arm + kernel + divergence + pair + h(setting) - h(recommended),
 
 s_k is how much of an effect shows at that length, u what a short run says wrongly, e the noise of
-a seed and of a finite validation set. Levels are free: only trials of the same rung are compared.
+a seed and of a finite validation set. Levels are free: only trials of the same rung and seed are
+compared.
 The sizes of all these come from the first rung, which all arms reach, by empirical Bayes: average
 over a grid, weighted by marginal likelihood. A score is believed as far as the first rung bears it
 out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
@@ -152,18 +153,22 @@ def believe(
     if not measured:
         return Belief(configs, prior, covariance, sizes)
     rungs = np.array([ended.task.rung for ended in measured])
+    stages = np.unique(
+        [(ended.task.rung, ended.task.trial.repeat) for ended in measured],
+        axis=0, return_inverse=True,
+    )[1]  # fmt: skip
     where = np.array([index[ended.task.trial.config] for ended in measured])
     y = np.array([_percent(ended) for ended in measured])
     scale, extra = _rung_terms(plan, sizes)
     shown = scale[rungs]
     cross = covariance[:, where] * shown
     total = cross[where, :] * shown[:, None] + np.diag(extra[rungs])
-    total += _LEVEL_VARIANCE * (rungs[:, None] == rungs[None, :])
+    total += _LEVEL_VARIANCE * np.equal.outer(stages, stages)
     gain = np.linalg.solve(total, cross.T).T
-    # Levels are far from 0: without the mean of a rung the solve would lose digits to them.
+    # Levels are far from 0: without their means the solve would lose digits to them.
     residual = y - shown * prior[where]
-    for rung in np.unique(rungs):
-        residual[rungs == rung] -= residual[rungs == rung].mean()
+    for stage in np.unique(stages):
+        residual[stages == stage] -= residual[stages == stage].mean()
     return Belief(configs, prior + gain @ residual, covariance - gain @ cross.T, sizes)
 
 

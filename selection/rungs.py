@@ -14,9 +14,9 @@ whatever process, after whatever crash, gets the same answer for the same study.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from core.run_spec import CandidateSpec
+from core.seeds import levels
 from selection.belief import Config, believe
 from selection.draws import RECOMMENDED, Density, Setting, active_dimensions, draw
 from selection.standing import Standing, candidate_of
@@ -93,8 +93,8 @@ def answer(plan: Plan, study: Study) -> Answer:
     """The answer if the search ended now; there is one at any time.
 
     Taken from the highest rung that any arm besides plain DPO has reached within the drift budget
-    (or plain DPO alone); of it the lowest mean log-loss over seeds. Trials that `ruled_out` names
-    are not looked at. Who needs ties and drift goes by `compared` and `select_winner`.
+    (or plain DPO alone); of it the lowest log-loss on one level of seeds. Trials that `ruled_out`
+    names are not looked at. Who needs ties and drift goes by `compared` and `select_winner`.
     """
     now = Standing(plan, study)
     fine = [ended for ended in now.measured if ended.task.key not in now.failed]
@@ -105,17 +105,20 @@ def answer(plan: Plan, study: Study) -> Answer:
         return Answer(_first_trial(arm), arm.candidate, None, None, ())
     rung = max(ended.task.rung for ended in others or fine)
     compared = tuple(ended for ended in fine if ended.task.rung == rung)
-    losses = {ended.task.trial.config: _mean_loss(compared, ended) for ended in compared}
+    losses = _levels([ended for ended in now.measured if ended.task.rung == rung])
     best = min(compared, key=lambda ended: (losses[ended.task.trial.config], ended.task.key))
     trial = best.task.trial
     return Answer(trial, candidate_of(plan, trial), rung, losses[trial.config], compared)
 
 
-def _mean_loss(compared: Sequence[Ended], one: Ended) -> float:
-    config = one.task.trial.config
-    return fmean(
-        e.log_loss for e in compared if e.task.trial.config == config and e.log_loss is not None
-    )
+def _levels(measured: Sequence[Ended]) -> dict[Config, float]:
+    """Log-losses of the configurations of a rung, all on one level of seeds."""
+    found: dict[Config, dict[int, float]] = {}
+    for ended in measured:
+        if ended.log_loss is not None:
+            trial = ended.task.trial
+            found.setdefault(trial.config, {})[trial.repeat] = ended.log_loss
+    return dict(zip(found, levels(list(found.values())), strict=True))
 
 
 def _first_trial(arm: Arm) -> Trial:

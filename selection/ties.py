@@ -3,8 +3,9 @@
 A winner is the best of several, and the best of equals looks better than each of them. So a trial
 that lies d behind the winner is asked: among equals, how often does this one lie so far behind the
 *best* of all? (Hsu 1996, comparisons with the best.) Prompts are drawn whole and with replacement,
-the same for all trials, so that how hard a pair is cancels; seeds add a noise of their own, since a
-second run of the very same configuration shows another log-loss.
+the same for all trials, so that how hard a pair is cancels. Seeds add a noise of their own, since a
+second run of the very same configuration shows another log-loss; what a seed does to all trials
+alike cancels where they share it (core/seeds.py).
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InvalidInput
+from core.seeds import level_weights
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -24,24 +26,52 @@ LEVEL = 0.05
 """Of all comparisons of one search together: the chance to call any difference between equals."""
 MIN_PROMPTS = 10
 """Below this many prompts nothing is called: a bootstrap of so few is not to be trusted."""
-SEED_NOISE = 0.02
-"""Standard deviation of log-loss over seeds, as a part of it, where no trial has a second one."""
-SEED_NOISE_DEGREES = 3.0
-"""What that guess counts for, in degrees of freedom: as much as three second seeds."""
 _CELLS = 1 << 22
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """What is known of seeds before any second one: standard deviations as parts of a log-loss.
+
+    `own` is what a seed does to one trial and not to the others, `shared` what it does to all of
+    them. Each counts as much as its `degrees` second seeds.
+    """
+
+    own: float
+    shared: float
+    own_degrees: float = 3.0
+    shared_degrees: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.own < math.inf and 0.0 <= self.shared < math.inf):
+            raise InvalidInput(
+                f"noise of seeds is {self.own} and {self.shared}; expected parts of a log-loss, "
+                "0 or more"
+            )
+
+
+SEED_NOISE = SeedNoise(own=0.03, shared=0.06)
+"""As in the recorded table of several settings and two seeds (docs/search.md), rounded up: short
+runs of a small model, where own is 0.3 to 4.4 % and shared 1.2 to 8.1 % by dataset."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """A configuration at full length: per-pair losses (seeds, pairs) in nats, on the same pairs."""
+    """A configuration at full length: per-pair losses (seeds, pairs) in nats, on the same pairs.
+
+    `seeds` names the seed of each row, 0, 1, ... unless given: rows of equal names were trained
+    with the same lots. One that does not race is compared with nobody and tells what seeds do.
+    """
 
     number: int
     losses: Floats
+    seeds: tuple[int, ...] = ()
+    races: bool = True
 
     @property
-    def log_loss(self) -> float:
-        """Mean over seeds and pairs."""
-        return float(self.losses.mean())
+    def labels(self) -> tuple[int, ...]:
+        """The seed of each row."""
+        return self.seeds or tuple(range(self.losses.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -59,28 +89,36 @@ class Gap:
         return self.p_value <= LEVEL
 
 
+def on_level(entrants: Sequence[Entrant]) -> Floats:
+    """Losses of the pairs (entrants, pairs), what seeds do to all alike taken off pair by pair."""
+    weights = np.array(level_weights([entrant.labels for entrant in entrants]))
+    found: Floats = weights @ np.concatenate([entrant.losses for entrant in entrants])
+    return found
+
+
 def gaps(
     entrants: Sequence[Entrant],
     group: Ints,
     *,
     winner: int,
-    seed_noise: float = SEED_NOISE,
+    noise: SeedNoise = SEED_NOISE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Gap, ...]:
     """Compare every entrant with the winner, in the order given; the winner is left out.
 
-    With m_i(b) the mean loss of entrant i in resample b, m_i its own, and e_i the noise of seeds,
+    With m_i the mean loss of entrant i on one level of seeds (`core.seeds.levels`), m_i(b) that of
+    resample b, and e_i the noise of seeds,
 
         p_j = (1 + #{b: T_j(b) - min_i T_i(b) >= m_j - m_winner}) / (1 + resamples),
-        T_i(b) = c_b sqrt(G / (G - 1)) (m_i(b) - m_i) + e_i(b),   e_i(b) = s_b z_i(b) / sqrt(S_i),
+        T_i(b) = t_b sqrt(G / (G - 1)) (m_i(b) - m_i) + e_i(b),
+        e(b) = W (own(b) + shared(b)),
 
     then Holm over all j, the winner too: any of them might have been the one behind. G prompts;
-    c_b makes the tails those of t with G - 1 degrees. S_i seeds of entrant i, z normal; s_b^2 is
-    drawn from the scaled inverse chi-square of the variance between seeds of the same entrant,
-    pooled over all. Where none has a second seed it is the guess `seed_noise`, a part of the
-    winner's log-loss, with `SEED_NOISE_DEGREES` degrees. Fewer than `MIN_PROMPTS` prompts: every p
-    is 1.
+    t_b makes the tails those of t with G - 1 degrees. W takes mean losses of single runs to levels;
+    own(b) is a normal of each run and shared(b) one of each seed, their variances drawn from scaled
+    inverse chi-squares: of the residuals of y_is = m_i + c_s and of the c_s, each together with
+    what `noise` says before. Fewer than `MIN_PROMPTS` prompts: every p is 1.
 
     Args:
         entrants: losses (S_i, N) on the same N pairs.
@@ -88,27 +126,28 @@ def gaps(
 
     Raises:
         InvalidInput: shapes differ, numbers come twice, a loss is not finite, or the winner is not
-            among them.
+            among those that race.
     """
-    _check(entrants, group, winner, seed_noise)
-    means = np.array([entrant.log_loss for entrant in entrants])
-    best = next(i for i, entrant in enumerate(entrants) if entrant.number == winner)
+    _check(entrants, group, winner)
+    losses = on_level(entrants)
+    racing = [i for i, entrant in enumerate(entrants) if entrant.races]
+    numbers = [entrants[i].number for i in racing]
+    means = losses[racing].mean(axis=1)
+    best = numbers.index(winner)
     behind = means - means[best]
     _, index = np.unique(group, return_inverse=True)
     prompts = int(index.max()) + 1
     if prompts < MIN_PROMPTS:
-        raw = dict.fromkeys(range(len(entrants)), 1.0)
+        raw = dict.fromkeys(range(len(racing)), 1.0)
     else:
         rng = np.random.default_rng(seed)
-        away = _of_prompts(entrants, index, prompts, resamples, rng)
-        away += _of_seeds(entrants, seed_noise * means[best], resamples, rng)
+        away = _of_prompts(losses[racing], index, prompts, resamples, rng)
+        away += _of_seeds(entrants, noise, float(means[best]), resamples, rng)[:, racing]
         worse = (away - away.min(axis=1, keepdims=True) >= behind).sum(axis=0)
         raw = {i: (1.0 + float(times)) / (1.0 + resamples) for i, times in enumerate(worse)}
     adjusted = holm(raw)
     return tuple(
-        Gap(entrant.number, float(behind[i]), adjusted[i])
-        for i, entrant in enumerate(entrants)
-        if i != best
+        Gap(number, float(behind[i]), adjusted[i]) for i, number in enumerate(numbers) if i != best
     )
 
 
@@ -122,35 +161,34 @@ def holm(p_values: Mapping[int, float]) -> dict[int, float]:
     return found
 
 
-def _check(entrants: Sequence[Entrant], group: Ints, winner: int, seed_noise: float) -> None:
+def _check(entrants: Sequence[Entrant], group: Ints, winner: int) -> None:
     numbers = [entrant.number for entrant in entrants]
-    if winner not in numbers or len(set(numbers)) < len(numbers):
+    racing = [entrant.number for entrant in entrants if entrant.races]
+    if winner not in racing or len(set(numbers)) < len(numbers):
         raise InvalidInput(
-            f"the winner is {winner} of {numbers}; expected it once among different numbers"
+            f"the winner is {winner} of {racing}; expected it once among different numbers"
         )
     for entrant in entrants:
-        shape = entrant.losses.shape
+        shape, labels = entrant.losses.shape, entrant.labels
         if len(shape) != 2 or shape[0] < 1 or shape[1] != group.size or group.size < 1:
             raise InvalidInput(
                 f"losses of trial {entrant.number} have the shape {shape}, groups {group.shape}; "
                 "expected (seeds, pairs) with the same pairs for all"
             )
+        if len(set(labels)) < len(labels) or len(labels) != shape[0]:
+            raise InvalidInput(
+                f"losses of trial {entrant.number} are {shape[0]} rows of seeds {labels}; expected "
+                "one row of each"
+            )
         if not np.isfinite(entrant.losses).all():
             raise InvalidInput(f"losses of trial {entrant.number} are not all finite")
-    if not 0.0 <= seed_noise < math.inf:
-        raise InvalidInput(f"seed_noise is {seed_noise}; expected a part of a log-loss, 0 or more")
 
 
 def _of_prompts(
-    entrants: Sequence[Entrant],
-    index: Ints,
-    prompts: int,
-    resamples: int,
-    rng: np.random.Generator,
+    losses: Floats, index: Ints, prompts: int, resamples: int, rng: np.random.Generator
 ) -> Floats:
     """Deviations of resampled means from the means, (resamples, entrants), with the tails of t."""
-    pairs = np.stack([entrant.losses.mean(axis=0) for entrant in entrants], axis=1)
-    pairs = pairs - pairs.mean(axis=0)
+    pairs = losses.T - losses.mean(axis=1)
     sums = np.stack([np.bincount(index, weights=column) for column in pairs.T], axis=1)
     counts = np.bincount(index).astype(np.float64)
     rows = max(1, _CELLS // prompts)
@@ -166,15 +204,34 @@ def _of_prompts(
 
 
 def _of_seeds(
-    entrants: Sequence[Entrant], guess: float, resamples: int, rng: np.random.Generator
+    entrants: Sequence[Entrant],
+    noise: SeedNoise,
+    log_loss: float,
+    resamples: int,
+    rng: np.random.Generator,
 ) -> Floats:
-    """Noise of the means from seeds, nats, (resamples, entrants)."""
-    means = [entrant.losses.mean(axis=1) for entrant in entrants]
-    seeds = np.array([of.size for of in means])
-    degrees = float((seeds - 1).sum())
-    total = sum(float(np.square(of - of.mean()).sum()) for of in means)
-    if degrees == 0.0:
-        degrees, total = SEED_NOISE_DEGREES, SEED_NOISE_DEGREES * guess**2
-    spread = np.sqrt(total / rng.chisquare(degrees, size=(resamples, 1)))
-    found: Floats = spread * rng.normal(size=(resamples, len(entrants))) / np.sqrt(seeds)
+    """Noise of the levels from seeds, nats, (resamples, entrants)."""
+    y = np.concatenate([entrant.losses.mean(axis=1) for entrant in entrants])
+    of = np.repeat(np.arange(len(entrants)), [len(entrant.labels) for entrant in entrants])
+    names, seeds = np.unique([s for e in entrants for s in e.labels], return_inverse=True)
+    entrant = np.equal.outer(of, np.arange(len(entrants))).astype(np.float64)
+    centre = np.eye(of.size) - entrant @ np.linalg.pinv(entrant)
+    seed = centre @ np.equal.outer(seeds, np.arange(names.size)).astype(np.float64)
+    shifts = np.linalg.pinv(seed) @ (centre @ y)
+    shared_degrees = int(np.linalg.matrix_rank(seed))
+    rest = centre @ y - seed @ shifts
+    own_degrees = of.size - len(entrants) - shared_degrees
+
+    def drawn(guess: float, weight: float, total: float, degrees: int, columns: int) -> Floats:
+        total += weight * (guess * log_loss) ** 2
+        spread = np.sqrt(total / rng.chisquare(weight + degrees, size=(resamples, 1)))
+        found: Floats = spread * rng.normal(size=(resamples, columns))
+        return found
+
+    own = drawn(noise.own, noise.own_degrees, float(rest @ rest), own_degrees, of.size)
+    shared = drawn(
+        noise.shared, noise.shared_degrees, float(shifts @ shifts), shared_degrees, names.size
+    )
+    weights = np.array(level_weights([each.labels for each in entrants]))
+    found: Floats = (own + shared[:, seeds]) @ weights.T
     return found

@@ -1,33 +1,51 @@
 """Which trial of a search wins, and which ones it is tied with; needs nothing but numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from core.errors import InvalidInput
-from selection.ties import LEVEL, SEED_NOISE, Entrant, Floats, Gap, Ints, gaps, holm
+from core.seeds import levels
+from selection.ties import (
+    LEVEL,
+    SEED_NOISE,
+    Entrant,
+    Floats,
+    Gap,
+    Ints,
+    SeedNoise,
+    gaps,
+    holm,
+    on_level,
+)
 
 _AGREE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class FinishedTrial:
-    """A trial as the winner is chosen from.
+    """A configuration as the winner is chosen from.
 
-    `losses` (seeds, pairs) are those of every seed it was trained with, on the pairs that all
-    trials are scored on, and `log_loss` their mean; where a trial's are lost, None, and
-    `standard_error` stands for them: that of its log-loss minus the lowest trial's (0 for that).
+    `log_losses` are those of every seed that it was trained with, by the number of the seed, empty
+    where none was measured. `losses` (seeds, pairs) are the same before the mean over pairs, on the
+    pairs that all are scored on; where they are lost, None, and `standard_error` stands for them:
+    that of its log-loss minus the lowest one's (0 for that).
     """
 
     number: int
     label: str
-    log_loss: float | None
+    log_losses: Mapping[int, float]
     drift: float | None
     feasible: bool
     standard_error: float = 0.0
     losses: Floats | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there are log-losses to compare."""
+        return bool(self.log_losses) and all(map(math.isfinite, self.log_losses.values()))
 
 
 @dataclass(frozen=True)
@@ -55,84 +73,78 @@ class _Measured:
 
 
 def select_winner(
-    results: Sequence[FinishedTrial], group: Ints | None = None, *, seed_noise: float = SEED_NOISE
+    results: Sequence[FinishedTrial], group: Ints | None = None, *, noise: SeedNoise = SEED_NOISE
 ) -> Selection:
     """Choose the winner among feasible trials, and say which others it is not told apart from.
 
     The winner has the lowest calibrated log-loss, or, of those that lie above it by at most one
     standard error of their own paired difference, the least drift (the one-standard-error rule,
     Breiman et al. 1984: a preference, no test; two errors would hand most small searches to the
-    trial that learned least). Equal drift: lower log-loss, then the earlier trial.
+    trial that learned least). Equal drift: lower log-loss, then the earlier trial. Log-losses are
+    those on one level of seeds (`core.seeds.levels`), which infeasible trials help to find.
 
     Tied is every other trial that is not beaten at a level of 5 % over all comparisons (Holm):
     `selection.ties` where all losses are given with the prompts `group` (pairs,) of their pairs,
-    else normal with the standard errors given. Both count the noise of seeds, `seed_noise` as a
-    part of the log-loss where no second seed has shown it. Without a feasible measured trial there
-    is no winner.
+    else normal with the standard errors given. Both count the noise of seeds. Without a feasible
+    measured trial there is no winner.
 
     Raises:
         InvalidInput: losses and log-losses disagree, or shapes differ.
     """
-    measured = [
-        (trial, trial.log_loss)
-        for trial in results
-        if trial.feasible and trial.log_loss is not None and math.isfinite(trial.log_loss)
-    ]
-    if not measured:
+    measured = [trial for trial in results if trial.is_measured]
+    if not any(trial.feasible for trial in measured):
         return Selection(
             winner=None,
             tied=(),
             reason=f"None of {len(results)} trials ended with a log-loss within the constraints.",
         )
-    lowest = min(measured, key=lambda entry: (entry[1], entry[0].number))[0]
     entrants = None if group is None else _entrants(measured)
-    race = [_Measured(t, loss, _error(t, lowest, group, entrants)) for t, loss in measured]
-    winner = _chosen(race, lowest)
-    found: tuple[Gap, ...] = ()
+    found = levels([trial.log_losses for trial in measured])
+    level = {trial.number: value for trial, value in zip(measured, found, strict=True)}
+    racing = [trial for trial in measured if trial.feasible]
+    lowest = min(racing, key=lambda trial: (level[trial.number], trial.number))
     if entrants is None or group is None:
-        beaten = _beaten_by_errors(race, winner, seed_noise)
+        errors = {t.number: 0.0 if t is lowest else t.standard_error for t in racing}
     else:
-        found = gaps(entrants, group, winner=winner.number, seed_noise=seed_noise)
-        beaten = {gap.number for gap in found if gap.is_beaten}
+        pairs = dict(zip([e.number for e in entrants], on_level(entrants), strict=True))
+        best = pairs[lowest.number]
+        errors = {number: paired_error(own - best, group) for number, own in pairs.items()}
+    race = [_Measured(trial, level[trial.number], errors[trial.number]) for trial in racing]
+    winner = _chosen(race)
+    apart: tuple[Gap, ...] = ()
+    if entrants is None or group is None:
+        beaten = _beaten_by_errors(race, winner, noise)
+    else:
+        apart = gaps(entrants, group, winner=winner.number, noise=noise)
+        beaten = {gap.number for gap in apart if gap.is_beaten}
     tied = tuple(
         sorted(m.number for m in race if m.number not in beaten and m.number != winner.number)
     )
-    return Selection(winner.number, tied, _why(winner, lowest, tied, len(race)), found)
+    return Selection(winner.number, tied, _why(race, winner, tied), apart)
 
 
-def _entrants(measured: Sequence[tuple[FinishedTrial, float]]) -> list[Entrant] | None:
-    """Everybody's losses; None where some are lost.
+def _entrants(measured: Sequence[FinishedTrial]) -> list[Entrant] | None:
+    """Everybody's losses; None where some that are feasible are lost.
 
     Raises:
-        InvalidInput: a log-loss is not the mean of the losses.
+        InvalidInput: a log-loss is not the mean of its losses.
     """
     found = []
-    for trial, log_loss in measured:
+    for trial in measured:
         if trial.losses is None:
-            return None
-        entrant = Entrant(trial.number, np.asarray(trial.losses, dtype=np.float64))
-        if not math.isclose(entrant.log_loss, log_loss, rel_tol=_AGREE):
+            if trial.feasible:
+                return None
+            continue
+        losses = np.asarray(trial.losses, dtype=np.float64)
+        entrant = Entrant(trial.number, losses, tuple(trial.log_losses), races=trial.feasible)
+        said, shown = list(trial.log_losses.values()), losses.mean(axis=-1)
+        if shown.shape != (len(said),) or not np.allclose(shown, said, rtol=_AGREE, atol=0.0):
             raise InvalidInput(
-                f"trial {trial.number} has a log-loss of {log_loss} and losses of mean "
-                f"{entrant.log_loss}; expected the mean over its seeds and pairs"
+                f"trial {trial.number} has log-losses of {said} and losses of mean "
+                f"{shown.tolist()}; expected the mean over pairs of every seed"
             )
         found.append(entrant)
     return found
-
-
-def _error(
-    trial: FinishedTrial,
-    lowest: FinishedTrial,
-    group: Ints | None,
-    entrants: Sequence[Entrant] | None,
-) -> float:
-    """Standard error of a trial's difference from the lowest, over prompts."""
-    if trial is lowest:
-        return 0.0
-    if entrants is None or group is None:
-        return trial.standard_error
-    by_number = {entrant.number: entrant.losses.mean(axis=0) for entrant in entrants}
-    return paired_error(by_number[trial.number] - by_number[lowest.number], group)
 
 
 def paired_error(differences: Floats, group: Ints) -> float:
@@ -148,8 +160,12 @@ def paired_error(differences: Floats, group: Ints) -> float:
     return math.sqrt(spread) / differences.size
 
 
-def _chosen(race: Sequence[_Measured], lowest: FinishedTrial) -> _Measured:
-    assert lowest.log_loss is not None
+def _lowest(race: Sequence[_Measured]) -> _Measured:
+    return min(race, key=lambda m: (m.log_loss, m.number))
+
+
+def _chosen(race: Sequence[_Measured]) -> _Measured:
+    lowest = _lowest(race)
     near = [m for m in race if m.log_loss <= lowest.log_loss + m.error]
     return min(
         near,
@@ -161,7 +177,7 @@ def _chosen(race: Sequence[_Measured], lowest: FinishedTrial) -> _Measured:
     )
 
 
-def _beaten_by_errors(race: Sequence[_Measured], winner: _Measured, seed_noise: float) -> set[int]:
+def _beaten_by_errors(race: Sequence[_Measured], winner: _Measured, noise: SeedNoise) -> set[int]:
     """As `selection.ties`, with a normal in place of resamples.
 
     Two sides, times half of the trials, and Holm: as many comparisons as there are pairs of trials,
@@ -171,7 +187,7 @@ def _beaten_by_errors(race: Sequence[_Measured], winner: _Measured, seed_noise: 
     for m in race:
         if m.number == winner.number:
             continue
-        error = math.hypot(m.error, winner.error, math.sqrt(2.0) * seed_noise * winner.log_loss)
+        error = math.hypot(m.error, winner.error, math.sqrt(2.0) * noise.own * winner.log_loss)
         behind = m.log_loss - winner.log_loss
         worse = behind > 0.0 and error > 0.0
         two_sided = math.erfc(behind / error / math.sqrt(2.0)) if worse else 1.0
@@ -179,9 +195,10 @@ def _beaten_by_errors(race: Sequence[_Measured], winner: _Measured, seed_noise: 
     return {number for number, p_value in holm(p_values).items() if p_value <= LEVEL}
 
 
-def _why(winner: _Measured, lowest: FinishedTrial, tied: tuple[int, ...], measured: int) -> str:
+def _why(race: Sequence[_Measured], winner: _Measured, tied: tuple[int, ...]) -> str:
     name = f"Trial {winner.number} ({winner.trial.label})"
-    if winner.trial is lowest:
+    lowest = _lowest(race)
+    if winner is lowest:
         chosen = f"{name} has the lowest feasible log-loss, {winner.log_loss:.4f}"
     else:
         drift = "unknown" if winner.trial.drift is None else f"{winner.trial.drift:.4f}"
@@ -189,8 +206,7 @@ def _why(winner: _Measured, lowest: FinishedTrial, tied: tuple[int, ...], measur
             f"{name} has the least drift, {drift}, of those within one standard error of the "
             f"lowest feasible log-loss, {lowest.log_loss:.4f} of trial {lowest.number}"
         )
-    others = measured - 1
-    if not others:
+    if len(race) == 1:
         return f"{chosen}; no other trial is measured."
     if not tied:
         return f"{chosen}; chance of prompts and seeds does not explain how far the others lie off."

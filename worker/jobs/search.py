@@ -19,6 +19,7 @@ from core.lifecycle import Phase
 from core.profile import Recommendation
 from core.results import SearchSummary
 from core.run_spec import CandidateSpec, SearchSpec
+from core.seeds import levels
 from core.spec import SpecModel
 from models.experiment import StudyRow, TrialRow
 from models.repositories.experiments import ExperimentRepository
@@ -105,11 +106,13 @@ def _study(bench: Workbench, spec: SearchSpec, recommendation: Recommendation) -
 class Config:
     """A configuration that may win: its trials at the rung that counts, one of each seed.
 
-    `drift` is the largest over seeds, `own_drift` that of the search's own. `losses` are those of
-    (seeds, pairs), None where some of them are not on this server.
+    `log_losses` are those of its seeds by number, `log_loss` what they come to on one level of
+    seeds. `drift` is the largest over seeds, `own_drift` that of the search's own. `losses` are
+    those of (seeds, pairs), None where some of them are not on this server.
     """
 
     trials: tuple[TrialRow, ...]
+    log_losses: dict[int, float]
     log_loss: float
     drift: float
     own_drift: float
@@ -138,8 +141,12 @@ def _choose(
             hint="raise drift_budget or the budget of the search, or lower the learning rate",
         )
     out = ruled_out(plan, state)
-    usable = [r for r in records if (r.trial.arm, r.trial.draw, 0) not in out]
-    configs = within_budget(plan, _configs(bench.context, plan, usable, rung))
+    usable = [
+        config
+        for config in _configs(bench.context, plan, records, rung)
+        if (config.trial.arm, config.trial.draw, 0) not in out
+    ]
+    configs = within_budget(plan, usable)
     group = pair_groups(bench.pairs[Split.VALIDATION])
     selection = select_winner(_finished(configs), group)
     assert selection.winner is not None, "a rung that was reached has a feasible trial"
@@ -189,13 +196,15 @@ def _untried(study: StudyRow, plan: Plan, recommended: CandidateSpec) -> Choice:
 def _configs(
     context: JobContext, plan: Plan, records: Sequence[TaskRecord], rung: int
 ) -> list[Config]:
-    """Configurations that were measured at a rung; seeds of one are averaged, pair by pair."""
+    """Configurations that were measured at a rung."""
     found: dict[tuple[str, int], list[TaskRecord]] = defaultdict(list)
+    seeds: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
     for record in sorted(records, key=lambda r: (r.trial.repeat, r.trial.number)):
         if record.task.rung == rung and record.task.log_loss is not None:
             found[record.trial.arm, record.trial.draw].append(record)
+            seeds[record.trial.arm, record.trial.draw][record.trial.repeat] = record.task.log_loss
     configs, lost = [], []
-    for tasks in found.values():
+    for (key, tasks), log_loss in zip(found.items(), levels(list(seeds.values())), strict=True):
         losses = [_losses(context, task) for task in tasks]
         known_losses = [each for each in losses if each is not None]
         if len(known_losses) < len(losses):
@@ -205,7 +214,8 @@ def _configs(
         configs.append(
             Config(
                 trials=tuple(task.trial for task in tasks),
-                log_loss=float(np.mean([task.task.log_loss for task in tasks])),
+                log_losses=seeds[key],
+                log_loss=log_loss,
                 drift=drift,
                 own_drift=drifts[0],
                 feasible=plan.drift_budget is None or drift <= plan.drift_budget,
@@ -252,7 +262,7 @@ def _finished(configs: Sequence[Config]) -> list[FinishedTrial]:
         FinishedTrial(
             number=config.trial.number,
             label=CandidateSpec.model_validate(config.trial.candidate).objective.label,
-            log_loss=config.log_loss,
+            log_losses=config.log_losses,
             drift=config.drift,
             feasible=config.feasible,
             standard_error=_independent_error(config, best),

@@ -25,7 +25,6 @@ from bench.search_fit import (
 )
 from bench.search_record import (
     BUDGET,
-    RUNG_PAIRS,
     RUNGS,
     SETTINGS,
     VALIDATION_PAIRS,
@@ -34,7 +33,7 @@ from bench.search_record import (
 )
 from bench.search_report import Findings, Outcome, block, goals, lead, lines, outcomes
 from bench.search_strategies import STRATEGIES, grid, ours, plan_of, random_full, replay
-from bench.search_table import NO_TRAINING, cases, halved, worlds
+from bench.search_table import NO_TRAINING, Judge, cases, halved, worlds
 from bench.search_ties import goal, named, names_table
 from bench.search_world import GRID, Law, World, made_up
 from bench.selection import Source
@@ -192,7 +191,7 @@ def several(pair: str, setting: int, seed: int) -> dict[str, Any]:
         str(step): {
             "log_loss": 0.69,
             "drift": 0.1,
-            "margins": margins(good / 2, noise)[:RUNG_PAIRS],
+            "margins": margins(good / 2, noise),
         }
         for step in RUNGS
     }
@@ -230,7 +229,7 @@ def test_with_one_setting_a_search_sees_one_seed_and_is_judged_by_the_other() ->
 def test_with_settings_a_search_sees_half_of_the_prompts_at_one_seed() -> None:
     found, told = cases(table_of(2))
     assert told == []
-    made = halved(found)
+    made = halved(found, judge=Judge.OTHER_SEEDS)
     assert [w.name for w in made] == [
         f"made-up, seed {seed}, half {half}" for seed in (0, 1) for half in (0, 1)
     ]
@@ -252,6 +251,30 @@ def test_with_settings_a_search_sees_half_of_the_prompts_at_one_seed() -> None:
     other = _score(np.array(several(PAIRS[4], 1, 1)["margins"])[hidden], GROUP[hidden])
     assert world.worth(*place).log_loss == pytest.approx(other.log_loss)
     assert world.worth(*place).accuracy == pytest.approx(other.accuracy)
+    itself = halved(found, judge=Judge.CHECKPOINT)[1]
+    assert itself.name == world.name
+    assert itself.show(*place, 2, 0) == world.show(*place, 2, 0)
+    own = _score(np.array(row["margins"])[hidden], GROUP[hidden])
+    assert itself.worth(*place).log_loss == pytest.approx(own.log_loss)
+
+
+def test_seeds_may_have_different_numbers_of_settings() -> None:
+    """The checkpoint is judged with all settings of one seed, other seeds with those of both."""
+    rows = [row for row in table_of(3) if row.get("setting", 0) == 0 or row["seed"] == 0]
+    (case,), told = cases(rows)
+    assert told == []
+    assert (case.settings, case.twice, case.whole) == (3, 1, {0: 3, 1: 1})
+    itself = halved([case], judge=Judge.CHECKPOINT)
+    assert [w.name for w in itself] == ["made-up, seed 0, half 0", "made-up, seed 0, half 1"]
+    assert itself[0].pool == SETTINGS[:3]
+    others = halved([case], judge=Judge.OTHER_SEEDS)
+    assert len(others) == 4
+    assert others[0].pool == SETTINGS[:1]
+    assert named(case).same == 29
+    (alone,), _ = cases([row for row in rows if row["seed"] == 0])
+    assert halved([alone], judge=Judge.OTHER_SEEDS) == []
+    assert looks_of_case(alone) == []
+    assert named(alone).same == 0
 
 
 def _score(values: Any, group: Any) -> TrialScore:
@@ -261,12 +284,12 @@ def _score(values: Any, group: Any) -> TrialScore:
 
 def test_the_job_s_rule_chooses_among_those_that_came_furthest() -> None:
     """Of trials within a standard error the one with the least drift wins, in replays too."""
-    world = halved(cases(table_of(1))[0])[0]
+    world = halved(cases(table_of(1))[0], judge=Judge.CHECKPOINT)[0]
     plan = plan_of(world, budget=None, seed=0, shape="wide")
     found = answer(plan, replay(world, plan).study)
     others = {ended.task.trial.arm for ended in found.compared} - {found.trial.arm}
     rows = [row | {"drift": 0.01} if row.get("pair") in others else row for row in table_of(1)]
-    drifts = halved(cases(rows)[0])[0]
+    drifts = halved(cases(rows)[0], judge=Judge.CHECKPOINT)[0]
     assert drifts.group is not None
     size = drifts.group.size
 
@@ -282,7 +305,8 @@ def test_a_run_that_broke_down_is_worth_no_training() -> None:
     broken = {"losses": None, "log_loss": None, "rungs": {}}
     for rows, read in (
         (table_of_one(), of_seeds),
-        (table_of(1), lambda rows: (halved(cases(rows)[0]), [])),
+        (table_of(1), lambda rows: (halved(cases(rows)[0], judge=Judge.OTHER_SEEDS), [])),
+        (table_of(1), lambda rows: (halved(cases(rows)[0], judge=Judge.CHECKPOINT), [])),
     ):
         found, _ = read([row | broken if row.get("pair") == PAIRS[0] else row for row in rows])
         last = len(found[0].rungs) - 1
@@ -295,10 +319,10 @@ def test_a_run_that_broke_down_is_worth_no_training() -> None:
 def test_tables_that_are_not_whole_are_told_of() -> None:
     rows = table_of(2)
     found, told = cases(rows[:-1])
-    assert [case.settings for case in found] == [1], "the second setting lacks a run"
+    assert [case.whole for case in found] == [{0: 2, 1: 1}], "the second setting lacks a run"
     assert told == []
-    assert len(found[0].runs) == 2 * 29
-    found, told = cases(rows[1:40])
+    assert len(found[0].runs) == 3 * 29
+    found, told = cases(rows[:20])
     assert found == []
     assert "not all pairs" in told[0]
     found, told = cases(rows[1:])
@@ -326,7 +350,8 @@ def test_cases_are_compared_at_the_settings_that_four_of_them_have() -> None:
 def test_what_is_kept_is_not_measured_again_and_settings_come_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "tables" / "table.jsonl"
     todos = missing(Table(path), [SOURCE], (0, 1))
-    assert [(t.setting, t.seed) for t in todos[:3]] == [(0, 0), (0, 1), (1, 0)]
+    assert [(t.setting, t.seed) for t in todos[:2]] == [(0, 0), (1, 0)]
+    assert [t.seed for t in todos] == [0] * len(SETTINGS) + [1] * len(SETTINGS)
     assert sum(len(t.runs) for t in todos) == 29 * 2 * len(SETTINGS)
     assert [t.profile for t in todos[:3]] == [True, False, False]
     for pair in (PLAIN, *PAIRS[1:]):
@@ -351,7 +376,7 @@ def test_one_configuration_under_two_names_and_pairs_that_differ() -> None:
     """Seeds of equal margins never differ; a pair far from plain DPO does, as do unlike seeds."""
     rows = table_of(1)
     for row in rows[1:]:
-        steady = margins(0.0 if row["pair"] == PLAIN else 1.5, 0)
+        steady = margins(0.3 if row["pair"] == PLAIN else 1.5, 0)
         row["margins"] = steady
         if row["pair"] == PAIRS[3] and row["seed"] == 1:
             row["margins"] = [-margin for margin in steady]
@@ -359,7 +384,8 @@ def test_one_configuration_under_two_names_and_pairs_that_differ() -> None:
     found = named(case)
     assert (found.same, found.false, found.pairs) == (29, 1, 28)
     assert found.told == 27, "two seeds that contradict each other tell nothing"
-    assert found.seed_noise > 0.05
+    assert found.own > 0.05
+    assert (found.single, found.turned) == (28, 1)
     assert goal([found])["measured"] == pytest.approx(1 / 29, abs=1e-3)
     assert goal([found])["met"]
     assert goal([])["measured"] is None
@@ -491,7 +517,9 @@ def test_a_world_is_played_by_all(world: World) -> None:
 
 def test_the_block_says_what_is_missing() -> None:
     text = block(
-        Findings(tuned=[], single=enough(0.1), told=["x is missing."], made_up={}, replicates=1)
+        Findings(
+            tuned=[], again=[], single=enough(0.1), told=["x is missing."], made_up={}, replicates=1
+        )
     )
     assert "Nothing is whole yet" in text
     assert "x is missing." in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import InvalidInput
-from selection.ties import Floats
+from selection.ties import Floats, SeedNoise
 from selection.winner import FinishedTrial, paired_error, select_winner
 
 GROUP = np.arange(80) // 2
@@ -22,8 +22,9 @@ def trial(
 ) -> FinishedTrial:
     """One with losses (seeds, pairs), or with its log-loss alone."""
     several = None if isinstance(losses, float) else losses
-    mean = losses if isinstance(losses, float) else float(losses.mean())
-    return FinishedTrial(number, f"arm {number}", mean, drift, feasible, error, several)
+    means = [losses] if isinstance(losses, float) else losses.mean(axis=1).tolist()
+    found = dict(enumerate(means))
+    return FinishedTrial(number, f"arm {number}", found, drift, feasible, error, several)
 
 
 def around(mean: float, *, seed: int, sd: float = 0.05) -> Floats:
@@ -68,18 +69,45 @@ def test_within_one_standard_error_less_drift_wins() -> None:
 
 
 def test_a_second_seed_is_a_row_of_losses() -> None:
-    """Two seeds 0.2 apart say that 0.15 between trials is chance; without them it would not be."""
-    unsteady = np.concatenate([around(0.5, seed=0), around(0.7, seed=1)])
-    results = [trial(0, unsteady), trial(1, around(0.75, seed=2))]
+    """A seed that costs one of two 0.3 says that 0.15 between them is chance."""
+    unsteady = np.concatenate([around(0.45, seed=0), around(0.75, seed=1)])
+    steady = np.concatenate([around(0.75, seed=2), around(0.75, seed=3)])
+    results = [trial(0, unsteady), trial(1, steady)]
     assert select_winner(results, GROUP).tied == (1,)
-    assert select_winner([trial(0, around(0.6, seed=0)), results[1]], GROUP).tied == ()
+    calm = np.concatenate([around(0.6, seed=0), around(0.6, seed=1)])
+    assert select_winner([trial(0, calm), results[1]], GROUP).tied == ()
+
+
+def test_a_hard_second_seed_costs_nobody_the_race() -> None:
+    """Two finalists were also trained with a seed that costs all 0.2; the third was not."""
+    results = [
+        trial(i, np.concatenate([around(mean, seed=i, sd=0.01), around(mean + 0.2, seed=10 + i)]))
+        for i, mean in enumerate((0.50, 0.52))
+    ]
+    results.append(trial(2, around(0.55, seed=2, sd=0.01)))
+    found = select_winner(results, GROUP)
+    assert found.winner == 0
+    own = around(0.50, seed=0, sd=0.01).mean()
+    assert found.reason.endswith(f"has the lowest feasible log-loss, {own:.4f}.")
+    assert [gap.behind for gap in found.gaps] == pytest.approx([0.02, 0.05], abs=1e-6)
+
+
+def test_an_infeasible_trial_tells_what_a_seed_does() -> None:
+    """Only it shares the second seed with the first, which is hard; it neither wins nor ties."""
+    both = np.concatenate([around(0.5, seed=0), around(0.7, seed=1)])
+    far = np.concatenate([around(0.3, seed=2), around(0.5, seed=3)])
+    found = select_winner(
+        [trial(0, both), trial(1, around(0.55, seed=4)), trial(2, far, feasible=False)], GROUP
+    )
+    assert found.winner == 0
+    assert [(gap.number, gap.behind) for gap in found.gaps] == [(1, pytest.approx(0.05))]
 
 
 def test_infeasible_and_unmeasured_trials_neither_win_nor_tie() -> None:
     results = [
         trial(0, around(0.2, seed=0), feasible=False),
         trial(1, around(0.6, seed=1)),
-        FinishedTrial(2, "arm 2", None, None, True),
+        FinishedTrial(2, "arm 2", {}, None, True),
         trial(3, math.nan),
     ]
     found = select_winner(results, GROUP)
@@ -91,7 +119,7 @@ def test_infeasible_and_unmeasured_trials_neither_win_nor_tie() -> None:
 
 
 def test_where_losses_are_lost_standard_errors_decide() -> None:
-    """z = 0.1 / hypot(0.02, sqrt 2 of 1 % of 0.5) = 4.7 is beaten, 0.02 / 0.021 a tie."""
+    """z = 0.1 / hypot(0.02, sqrt 2 of 3 % of 0.5) = 3.4 is beaten, 0.02 / 0.028 a tie."""
     results = [
         trial(0, 0.5),
         trial(1, 0.52, drift=0.0, error=0.019),
@@ -101,7 +129,7 @@ def test_where_losses_are_lost_standard_errors_decide() -> None:
     for group in (GROUP, None):
         found = select_winner(results, group)
         assert (found.winner, found.tied, found.gaps) == (0, (1,), ())
-    noisy = select_winner(results, GROUP, seed_noise=0.5)
+    noisy = select_winner(results, GROUP, noise=SeedNoise(own=0.5, shared=0.0))
     assert noisy.tied == (1, 2, 3)
 
 
@@ -111,9 +139,12 @@ def test_equal_log_losses_go_to_the_earlier_trial() -> None:
 
 
 def test_losses_that_are_not_those_of_the_log_loss_are_refused() -> None:
-    wrong = FinishedTrial(0, "arm 0", 0.5, 0.1, True, 0.0, around(0.6, seed=0))
-    with pytest.raises(InvalidInput, match="expected the mean over its seeds"):
+    wrong = FinishedTrial(0, "arm 0", {0: 0.5}, 0.1, True, 0.0, around(0.6, seed=0))
+    with pytest.raises(InvalidInput, match="expected the mean over pairs of every seed"):
         select_winner([wrong], GROUP)
+    short = FinishedTrial(0, "arm 0", {0: 0.6, 1: 0.6}, 0.1, True, 0.0, around(0.6, seed=0))
+    with pytest.raises(InvalidInput, match="expected the mean over pairs of every seed"):
+        select_winner([short], GROUP)
 
 
 def test_error_of_prompts_by_hand() -> None:

@@ -10,6 +10,7 @@ from worker.jobs.search import Config, baseline_of, within_budget
 def config(number: int, *drifts: float, log_loss: float = 0.6, limit: float = 0.05) -> Config:
     return Config(
         trials=(TrialRow(number=number),),
+        log_losses={0: log_loss},
         log_loss=log_loss,
         drift=max(drifts),
         own_drift=drifts[0],

@@ -1,0 +1,77 @@
+"""What a seed does to every trial alike, taken off: trials of different seeds on one level.
+
+Trials with the same seed share the order of data, the adapter's first weights and all other lots.
+Most of what a seed does to a log-loss it does to all of them alike, so differences within a seed
+are far steadier than log-losses are, and a mean over other seeds is no fair comparison: whoever was
+trained with a hard seed too would look worse.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+_RIDGE = 1e-9
+"""Makes the system of seeds that nobody shares solvable: what they do is then taken as 0."""
+
+Matrix = list[list[float]]
+
+
+def levels(log_losses: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return what each configuration shows, as if all had been trained with the lowest seed alone.
+
+    a_i of y_is = a_i + c_s + e_is by least squares, c of the lowest seed 0 (two-way layout with
+    holes: Yates 1933); y_is is the log-loss of configuration i with seed s, as many of each as
+    there are. A configuration with the lowest seed alone keeps its own log-loss; where all have
+    the same seeds differences are those of means. Seeds that no two share change nothing.
+
+    Raises:
+        ValueError: a configuration has no log-loss.
+    """
+    weights = level_weights([tuple(each) for each in log_losses])
+    flat = [value for each in log_losses for value in each.values()]
+    return [math.fsum(w * y for w, y in zip(row, flat, strict=True)) for row in weights]
+
+
+def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
+    """Return W with a = W y: y (N,) holds the log-losses, configuration by configuration.
+
+    `seeds[i]` are those of configuration i, in the order of its log-losses; W is
+    (configurations, N), its rows sum to 1.
+    """
+    if not all(seeds):
+        raise ValueError("a configuration has no seed; expected one or more of each")
+    places = {seed: k for k, seed in enumerate(sorted({s for own in seeds for s in own}))}
+    normal = [[_RIDGE * (j == k) for k in range(len(places))] for j in range(len(places))]
+    right: Matrix = []
+    for own in seeds:
+        rows = [[_centred(own, seed, other) for other in places] for seed in own]
+        right += rows
+        for seed, row in zip(own, rows, strict=True):
+            for k, value in enumerate(row):
+                normal[places[seed]][k] += value
+    shifts = [[one - c[0] for one in c] for c in _solved(normal, right)]
+    found, at = [], 0
+    for own in seeds:
+        row = [-math.fsum(c[places[seed]] for seed in own) / len(own) for c in shifts]
+        for k in range(len(own)):
+            row[at + k] += 1.0 / len(own)
+        at += len(own)
+        found.append(row)
+    return found
+
+
+def _centred(own: Sequence[int], seed: int, other: int) -> float:
+    """Of the projection off a configuration's mean: entry (seed, other)."""
+    return float(seed == other) - (1.0 / len(own) if other in own else 0.0)
+
+
+def _solved(matrix: Matrix, right: Matrix) -> Matrix:
+    """Solve matrix x = r for every r: symmetric, positive definite, a handful of seeds."""
+    size = len(matrix)
+    rows = [[*matrix[k], *(r[k] for r in right)] for k in range(size)]
+    for k in range(size):
+        pivot = rows[k]
+        for j in range(size):
+            if j != k:
+                factor = rows[j][k] / pivot[k]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], pivot, strict=True)]
+    return [[rows[k][size + n] / rows[k][k] for k in range(size)] for n in range(len(right))]
