@@ -151,18 +151,28 @@ def computed_tokens(pair: TokenizedPair, form: Form) -> int:
 
 
 def micro_batches(
-    pairs: Sequence[TokenizedPair], index: Sequence[int], *, max_tokens: int, form: Form
+    pairs: Sequence[TokenizedPair],
+    index: Sequence[int],
+    *,
+    max_tokens: int,
+    form: Form,
+    lanes: int = 1,
 ) -> list[list[int]]:
     """Split pairs into groups of at most `max_tokens` tokens each, padding included.
 
     A pair above the limit is a group of its own. A pure function of its arguments. Packed rows are
     filled evenly: longest pair first, each into the row that has least; padded ones are cut from
-    the pairs sorted by length, so that little is padded.
+    the pairs sorted by length, so that little is padded. Where several run at once, in `lanes`, as
+    many groups as keep all of them busy.
     """
     if form is Form.PLAIN:
-        return _sorted_groups(pairs, index, max_tokens=max_tokens)
+        padded = 2 * sum(pairs[i].length for i in index)
+        rounds = math.ceil(padded / (lanes * max_tokens))
+        share = math.ceil(padded / (lanes * max(1, rounds)))
+        return _sorted_groups(pairs, index, max_tokens=min(max_tokens, share))
     sizes = {i: computed_tokens(pairs[i], form) for i in index}
-    count = max(1, math.ceil(sum(sizes[i] for i in index) / max_tokens))
+    rounds = math.ceil(sum(sizes[i] for i in index) / (lanes * max_tokens))
+    count = min(len(index), lanes * max(1, rounds))
     while True:
         groups = spread(index, sizes, count)
         fits = all(len(g) == 1 or sum(sizes[i] for i in g) <= max_tokens for g in groups)

@@ -22,7 +22,7 @@ _Result = TypeVar("_Result")
 
 
 def lanes_of(policy: Policy) -> int:
-    """How many batches of a pass without gradients run at once, by model and threads alone."""
+    """How many batches run at once, by model and threads alone."""
     config = policy.causal.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     # These models keep the frequencies of the latest input in themselves.
@@ -33,22 +33,27 @@ def lanes_of(policy: Policy) -> int:
 
 
 def in_lanes(
-    items: Sequence[_Item], work: Callable[[_Item], _Result], *, lanes: int
+    items: Sequence[_Item],
+    work: Callable[[_Item], _Result],
+    *,
+    lanes: int,
+    gradients: bool = False,
 ) -> Generator[_Result, None, None]:
-    """Yield `work(item)` in the order of the items, without gradients; a few are done ahead.
+    """Yield `work(item)` in the order of the items; a few are done ahead.
 
     With one lane, or one item, everything runs in the caller's thread. Close it when results are
-    left (`contextlib.closing`): only then have all lanes ended.
+    left (`contextlib.closing`): only then have all lanes ended. Work with gradients must not leave
+    them in parameters, where lanes would meet.
     """
     if min(lanes, len(items)) <= 1:
-        yield from (_without_gradients(work, item) for item in items)
+        yield from (_with_gradients(gradients, work, item) for item in items)
         return
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,))
     ahead: deque[Future[_Result]] = deque()
     try:
         for item in items:
-            ahead.append(pool.submit(_without_gradients, work, item))
+            ahead.append(pool.submit(_with_gradients, gradients, work, item))
             if len(ahead) > lanes:
                 yield ahead.popleft().result()
         while ahead:
@@ -59,6 +64,7 @@ def in_lanes(
         torch.set_num_threads(threads)
 
 
-def _without_gradients(work: Callable[[_Item], _Result], item: _Item) -> _Result:
-    with torch.no_grad():
+def _with_gradients(wanted: bool, work: Callable[[_Item], _Result], item: _Item) -> _Result:
+    # What is set in one thread is not in another.
+    with torch.set_grad_enabled(wanted):
         return work(item)

@@ -41,6 +41,7 @@ class Ranks:
         *,
         max_tokens: int,
         form: Form,
+        lanes: int = 1,
     ) -> list[list[int]]:
         """This process's micro-batches of a step; the processes have equally many tokens of it.
 
@@ -48,10 +49,12 @@ class Ranks:
         others have more of them.
         """
         if self.size == 1:
-            return micro_batches(pairs, index, max_tokens=max_tokens, form=form)
+            return micro_batches(pairs, index, max_tokens=max_tokens, form=form, lanes=lanes)
         sizes = {i: computed_tokens(pairs[i], form) for i in index}
         shares = spread(index, sizes, self.size)
-        groups = [micro_batches(pairs, s, max_tokens=max_tokens, form=form) for s in shares]
+        groups = [
+            micro_batches(pairs, s, max_tokens=max_tokens, form=form, lanes=lanes) for s in shares
+        ]
         mine = groups[self.rank]
         if self.sharded:
             mine = mine + [[]] * (max(len(g) for g in groups) - len(mine))

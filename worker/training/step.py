@@ -6,8 +6,9 @@ several, go through `PairLoss`, so that a trial is the first steps of the run th
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from objectives import HybridObjective, PairEmbeddings, PreferenceBatch, streame
 from worker.training.batches import PairBatch, collate, computed_tokens
 from worker.training.evaluate import scored_batch
 from worker.training.forward import hidden_states, score_tokens
+from worker.training.lanes import in_lanes, lanes_of
 from worker.training.model import Policy
 from worker.training.ranks import ALONE, Ranks
 from worker.training.states import ReferenceStates, states_missing
@@ -126,6 +128,7 @@ class PairStep:
     unsynced: Callable[[], AbstractContextManager[object]] = nullcontext
     max_tokens: int = 0
     ranks: Ranks = ALONE
+    _lanes: int = field(init=False)
     _chosen: Tensor = field(init=False)
     _rejected: Tensor = field(init=False)
     _frozen: PairEmbeddings | None = field(init=False)
@@ -134,6 +137,9 @@ class PairStep:
         device = self.policy.device
         if self.policy.is_full and self.loss.divergence and self.data.reference_states is None:
             raise states_missing("a divergence penalty is measured from")
+        # The adapter is switched off for the base, in all lanes at once.
+        runs_base = self.loss.divergence is not None and self.data.reference_states is None
+        self._lanes = 1 if self.ranks.size > 1 or runs_base else lanes_of(self.policy)
         self.max_tokens = self.max_tokens or MICRO_TOKENS.get(device.type, MICRO_TOKENS["cuda"])
         self._chosen = self.data.chosen_log_prob.to(device)
         self._rejected = self.data.rejected_log_prob.to(device)
@@ -179,30 +185,21 @@ class PairStep:
 
     def _groups(self, index: Sequence[int]) -> list[list[int]]:
         return self.ranks.micro_batches(
-            self.data.pairs, index, max_tokens=self.max_tokens, form=self.policy.form
+            self.data.pairs,
+            index,
+            max_tokens=self.max_tokens,
+            form=self.policy.form,
+            lanes=self._lanes,
         )
 
     def _accumulate(self, index: Sequence[int], *, denominator: int) -> dict[str, Tensor]:
-        module = self.loss if self.module is None else self.module
+        groups = self._groups(index)
+        found = self._side_by_side if self._lanes > 1 else self._one_by_one
         loss_total = self._chosen.new_zeros(())
         totals: dict[str, Tensor] = {}
         size = self.ranks.size
-        for is_last, group in _with_last(self._groups(index)):
-            # Without pairs of its own a process runs one that does not count: others wait for it.
-            batch = collate(
-                self.data.pairs,
-                group or [index[0]],
-                form=self.policy.form,
-                device=self.policy.device,
-            )
-            with nullcontext() if is_last else self.unsynced():
-                losses, regularizer, metrics = module(batch, self._reference(batch))
-                # What wraps the loss takes the mean over processes; the sum is wanted.
-                loss = losses / (denominator / size) if group else losses * 0.0
-                if is_last:
-                    loss = loss + regularizer
-                loss.backward()
-            loss_total = loss_total + loss.detach() / size
+        for group, loss, metrics in found(groups, index[0], denominator / size):
+            loss_total = loss_total + loss / size
             for name, value in metrics.items():
                 if value.ndim == 0:
                     totals[name] = value / size
@@ -210,6 +207,54 @@ class PairStep:
                     share = value.sum() / len(index)
                     totals[name] = totals[name] + share if name in totals else share
         return {"loss": loss_total, **totals}
+
+    def _one_by_one(
+        self, groups: Sequence[list[int]], stand_in: int, denominator: float
+    ) -> Iterator["_Part"]:
+        """Micro-batches one after another; gradients go where backward leaves them."""
+        module = self.loss if self.module is None else self.module
+        for is_last, group in _with_last(groups):
+            # Without pairs of its own a process runs one that does not count: others wait for it.
+            batch = self._collated(group or [stand_in])
+            with nullcontext() if is_last else self.unsynced():
+                losses, regularizer, metrics = module(batch, self._reference(batch))
+                # What wraps the loss takes the mean over processes; the sum is wanted.
+                loss = losses / denominator if group else losses * 0.0
+                if is_last:
+                    loss = loss + regularizer
+                loss.backward()
+            yield _Part(group, loss.detach(), metrics)
+
+    def _side_by_side(
+        self, groups: Sequence[list[int]], _: int, denominator: float
+    ) -> Iterator["_Part"]:
+        """Micro-batches in lanes; their gradients are added in the order of the groups.
+
+        The same sums whichever lane is faster: lanes that all add to `.grad` would add in the
+        order in which they end.
+        """
+        trained = [p for p in self.loss.parameters() if p.requires_grad]
+
+        def part(numbered: tuple[bool, list[int]]) -> tuple[_Part, tuple[Tensor | None, ...]]:
+            is_last, group = numbered
+            batch = self._collated(group)
+            losses, regularizer, metrics = self.loss(batch, self._reference(batch))
+            loss = losses / denominator + regularizer if is_last else losses / denominator
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            return _Part(group, loss.detach(), metrics), gradients
+
+        numbered = list(_with_last(groups))
+        with closing(in_lanes(numbered, part, lanes=self._lanes, gradients=True)) as parts:
+            for found, gradients in parts:
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    if gradient is not None:
+                        parameter.grad = (
+                            gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                        )
+                yield found
+
+    def _collated(self, group: Sequence[int]) -> PairBatch:
+        return collate(self.data.pairs, group, form=self.policy.form, device=self.policy.device)
 
     def _reference(self, batch: PairBatch) -> ReferenceBatch:
         states = self.data.reference_states
@@ -226,6 +271,14 @@ class PairStep:
                 frozen.rejected[batch.index],
             ),
         )
+
+
+class _Part(NamedTuple):
+    """A micro-batch that is done: its pairs, its part of the loss, and metrics."""
+
+    group: list[int]
+    loss: Tensor
+    metrics: dict[str, Tensor]
 
 
 def _with_last(groups: Sequence[list[int]]) -> Iterator[tuple[bool, list[int]]]:
