@@ -9,8 +9,8 @@ trained with a hard seed too would look worse.
 import math
 from collections.abc import Mapping, Sequence
 
-_RIDGE = 1e-9
-"""Makes the system of seeds that nobody shares solvable: what they do is then taken as 0."""
+_NOTHING = 1e-9
+"""Pivots below are 0 but for rounding: nothing tells that seed from those before it."""
 
 Matrix = list[list[float]]
 
@@ -21,7 +21,8 @@ def levels(log_losses: Sequence[Mapping[int, float]]) -> list[float]:
     a_i of y_is = a_i + c_s + e_is by least squares, c of the lowest seed 0 (two-way layout with
     holes: Yates 1933); y_is is the log-loss of configuration i with seed s, as many of each as
     there are. A configuration with the lowest seed alone keeps its own log-loss; where all have
-    the same seeds differences are those of means. Seeds that no two share change nothing.
+    the same seeds differences are those of means. A seed that one configuration alone has tells
+    nothing: its own luck could be the seed's.
 
     Raises:
         ValueError: a configuration has no log-loss.
@@ -40,7 +41,7 @@ def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
     if not all(seeds):
         raise ValueError("a configuration has no seed; expected one or more of each")
     places = {seed: k for k, seed in enumerate(sorted({s for own in seeds for s in own}))}
-    normal = [[_RIDGE * (j == k) for k in range(len(places))] for j in range(len(places))]
+    normal = [[0.0] * len(places) for _ in places]
     right: Matrix = []
     for own in seeds:
         rows = [[_centred(own, seed, other) for other in places] for seed in own]
@@ -48,8 +49,7 @@ def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
         for seed, row in zip(own, rows, strict=True):
             for k, value in enumerate(row):
                 normal[places[seed]][k] += value
-    shifts = [[one - c[0] for one in c] for c in _solved(normal, right)]
-    found, at = [], 0
+    shifts, found, at = _solved(normal, right), [], 0
     for own in seeds:
         row = [-math.fsum(c[places[seed]] for seed in own) / len(own) for c in shifts]
         for k in range(len(own)):
@@ -65,13 +65,23 @@ def _centred(own: Sequence[int], seed: int, other: int) -> float:
 
 
 def _solved(matrix: Matrix, right: Matrix) -> Matrix:
-    """Solve matrix x = r for every r: symmetric, positive definite, a handful of seeds."""
+    """Solve matrix x = r for every r: symmetric, of a handful of seeds, and singular.
+
+    Of seeds that only differences are known of, the lowest one is 0.
+    """
     size = len(matrix)
     rows = [[*matrix[k], *(r[k] for r in right)] for k in range(size)]
-    for k in range(size):
+    known = []
+    for k in reversed(range(size)):
         pivot = rows[k]
+        if pivot[k] < _NOTHING:
+            continue
+        known.append(k)
         for j in range(size):
             if j != k:
                 factor = rows[j][k] / pivot[k]
                 rows[j] = [a - factor * b for a, b in zip(rows[j], pivot, strict=True)]
-    return [[rows[k][size + n] / rows[k][k] for k in range(size)] for n in range(len(right))]
+    return [
+        [rows[k][size + n] / rows[k][k] if k in known else 0.0 for k in range(size)]
+        for n in range(len(right))
+    ]

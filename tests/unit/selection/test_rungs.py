@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from core.errors import InvalidInput
 from core.lifecycle import EndedBy
+from selection.belief import believe
 from selection.draws import RECOMMENDED, Setting
 from selection.rungs import MATTERS, answer, decide
 from selection.study import (
@@ -140,6 +141,34 @@ def test_equal_finalists_get_a_second_seed() -> None:
     again = [ended.task for ended in study.ended if ended.task.trial.repeat]
     assert len(again) == made.shape.repeats
     assert all(task.rung == 3 and task.start == 0 for task in again)
+
+
+def test_a_hard_second_seed_changes_no_order() -> None:
+    """It costs all who have it 0.2, which is more than anything that arms differ by."""
+    made = plan(number=6)
+
+    def close(task: Task) -> float:
+        merit = (hash_of(task.trial.arm) % 17) * 1e-4
+        return 0.65 - 0.01 * task.rung - merit + 0.2 * task.trial.repeat
+
+    study, _, _ = run_alone(made, score=close)
+    finals = [ended for ended in study.ended if ended.task.rung == 3]
+    repeated = {ended.task.trial.config for ended in finals if ended.task.trial.repeat}
+    once = {ended.task.trial.config for ended in finals} - repeated
+    assert repeated
+    assert once
+    found = answer(made, study)
+    own = {e.task.trial.config: e.log_loss for e in finals if not e.task.trial.repeat}
+    assert found.trial.config == min(own, key=lambda config: (own[config] or 0.0, config))
+    assert found.log_loss == pytest.approx(own[found.trial.config])
+    belief = believe(made, study)
+    alone = believe(
+        made, replace(study, ended=tuple(e for e in study.ended if not e.task.trial.repeat))
+    )
+    for config in repeated:
+        for other in once:
+            apart = belief.value(config) - belief.value(other)
+            assert apart == pytest.approx(alone.value(config) - alone.value(other), abs=0.1)
 
 
 # ------------------------------------------------------------- many workers
