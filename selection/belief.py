@@ -2,12 +2,13 @@
 
 In percent of log-loss, the unit of the recommender's scores. At rung k a trial c shows
 
-    y = 100 (-log loss) = level_k + s_k z_c + s_k u + e,
+    y = 100 (-log loss) = level_k + s_k (z_c + u_kc) + e,
     z_c = b score_arm + kernel + divergence + pair + h(setting) - h(recommended),
 
 s_k is how much of an effect shows at that length, u what a short run says wrongly, e the noise of
-a seed and of a finite validation set. Levels are free: only trials of the same rung and seed are
-compared.
+a seed and of a finite validation set. What is wrong is wrong in the same ways as z: if kernels and
+divergences add up at the end they add up after five steps too, and a divergence that learns fast at
+first does so with every kernel. Levels are free: trials of the same rung and seed are compared.
 The sizes of all these come from the first rung, which all arms reach, by empirical Bayes: average
 over a grid, weighted by marginal likelihood. A score is believed as far as the first rung bears it
 out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
@@ -39,9 +40,12 @@ _SHARED = 0.5
 """Part of a setting's effect that is the same in all arms."""
 _LEAST_SETTING_SD = 1.0
 _JITTER = 1e-9
+_DRAWS, _DIGITS = 1024, 6
 
 _SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0)
-_SPLITS = ((0.05, 0.05, 0.9), (0.2, 0.4, 0.4), (0.1, 0.7, 0.2))
+_SPLITS = (
+    (0.05, 0.05, 0.9), (0.2, 0.4, 0.4), (0.1, 0.7, 0.2), (0.05, 0.93, 0.02), (0.48, 0.5, 0.02),
+)  # fmt: skip
 _SLOPES = (0.0, 0.5, 1.0)
 _NOISES = (0.15, 0.3, 0.6, 1.2)
 
@@ -125,6 +129,38 @@ class Belief:
         ahead = (float(self.mean[i]) - best) / sd
         return round(sd * (ahead * standard.cdf(ahead) + standard.pdf(ahead)), 9)
 
+    def set_apart(self, configs: Sequence[Config], beside: Sequence[Config]) -> list[Config]:
+        """Order configurations so that every first few of them, with `beside`, promise most.
+
+        Greedy: next comes who adds most to E max z over those before (a set function of falling
+        gains, for which that is within 1 - 1/e of the best set: Nemhauser et al. 1978). The first
+        is the best alone; one that is like those before it comes late, however good.
+        """
+        draws = self._draws
+        best = np.full(draws.shape[1], -np.inf)
+        for config in beside:
+            best = np.maximum(best, draws[self.index[config]])
+        left, order = sorted(configs), []
+        while left:
+            gains = [
+                round(float(np.maximum(best, draws[self.index[c]]).mean()), _DIGITS) for c in left
+            ]
+            found = max(zip(gains, left, strict=True), key=lambda e: (e[0], self.value(e[1])))[1]
+            order.append(found)
+            left.remove(found)
+            best = np.maximum(best, draws[self.index[found]])
+        return order
+
+    @cached_property
+    def _draws(self) -> Floats:
+        """Made-up truths, (configs, draws), in pairs that mirror each other."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
+        normals = np.random.default_rng(0).normal(size=(len(self.configs), _DRAWS // 2))
+        away = root @ np.concatenate([normals, -normals], axis=1)
+        found: Floats = self.mean[:, None] + away
+        return found
+
     def beats(self, config: Config, other: Config, *, by: float) -> float:
         """P(config is better than other by more than `by` percent at full length)."""
         i, j = self.index[config], self.index[other]
@@ -159,10 +195,12 @@ def believe(
     )[1]  # fmt: skip
     where = np.array([index[ended.task.trial.config] for ended in measured])
     y = np.array([_percent(ended) for ended in measured])
-    scale, extra = _rung_terms(plan, sizes)
+    scale, wrong = _rung_terms(plan)
     shown = scale[rungs]
     cross = covariance[:, where] * shown
-    total = cross[where, :] * shown[:, None] + np.diag(extra[rungs])
+    total = cross[where, :] * shown[:, None]
+    total *= 1.0 + wrong[rungs] * np.equal.outer(rungs, rungs)
+    total += sizes.noise**2 * np.eye(len(measured))
     total += _LEVEL_VARIANCE * np.equal.outer(stages, stages)
     gain = np.linalg.solve(total, cross.T).T
     # Levels are far from 0: without their means the solve would lose digits to them.
@@ -185,12 +223,11 @@ def _percent(ended: Ended) -> float:
     return -100.0 * math.log(max(ended.log_loss, 1e-6))
 
 
-def _rung_terms(plan: Plan, sizes: Sizes) -> tuple[Floats, Floats]:
-    """s_k and Var(s_k u + e) of every rung, each (rungs,)."""
+def _rung_terms(plan: Plan) -> tuple[Floats, Floats]:
+    """s_k and Var u / Var z of every rung, each (rungs,)."""
     fractions = [step / plan.rungs[-1] for step in plan.rungs]
     scale = np.array([signal(fraction) for fraction in fractions])
-    wrong = np.array([misleading(fraction) for fraction in fractions])
-    return scale, scale**2 * wrong * sizes.spread**2 + sizes.noise**2
+    return scale, np.array([misleading(fraction) for fraction in fractions])
 
 
 def _covariance(arms: Sequence[_Named], settings: Sequence[Setting], sizes: Sizes) -> Floats:
@@ -240,7 +277,7 @@ def _sizes(plan: Plan, measured: Sequence[Ended]) -> Sizes:
 def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], fraction: float) -> Sizes:
     """Posterior mean of the sizes over a grid with equal prior weights.
 
-    log N(y - s b score; 0, s^2 (spread^2 (parts + 1/rho^2 - 1) ) + noise^2), the level free.
+    log N(y - s b score; 0, s^2 spread^2 parts / rho^2 + noise^2), the level free.
     """
     grid = list(itertools.product(_SPREADS, _SPLITS, _SLOPES, _NOISES))
     weights = np.full(len(grid), 1.0 / len(grid))
@@ -271,7 +308,7 @@ def _log_likelihoods(arms: Sequence[_Named], y: Floats, shown: float, wrong: flo
     same = _same_parts(arms)
     found = np.empty((len(_SPREADS), len(_SPLITS), len(_SLOPES), len(_NOISES)))
     for column, split in enumerate(_SPLITS):
-        parts = np.tensordot(np.array(split), same, axes=1) + wrong * np.eye(n)
+        parts = np.tensordot(np.array(split), same, axes=1) * (1.0 + wrong)
         values, vectors = np.linalg.eigh(basis @ parts @ basis.T)
         squares = (rests @ vectors) ** 2
         for row, spread in enumerate(_SPREADS):

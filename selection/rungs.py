@@ -171,7 +171,8 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
     places = now.allowed(plan.shape.kept[rung - 1], rung)
     left = places_left(places, sum(task.trial.arm != plain for task in ahead), taken)
     waiting = [ended for ended in below if ended.task.trial.key not in gone]
-    going = [e for e in waiting if e.task.trial.arm != plain][:left]
+    pairs = [ended for ended in waiting if ended.task.trial.arm != plain]
+    going = now.set_apart(pairs, [t for t in usable if t.trial.arm != plain])[:left]
     best = [ended for ended in waiting if ended.task.trial.arm == plain]
     started = any(task.trial.arm == plain for task in usable)
     one = 1 if not taken else 0
@@ -202,7 +203,7 @@ def _drawn(now: Standing) -> Iterator[Wanted]:
     }
     belief = believe(plan, _known_to(now, own, 0))
     screened = {e.task.trial.arm for e in now.at(0) if not e.task.trial.draw}
-    order = sorted(screened, key=lambda arm: (-belief.value((arm, 0)), arm))
+    order = [arm for arm, _ in belief.set_apart([(arm, 0) for arm in screened], [])]
     drawn = [arm for arm in order if own[arm] and arm != plain]
     fresh = [arm for arm in order if not own[arm] and arm != plain]
     leading = (drawn + fresh)[: max(shape.leading, len(drawn))]
@@ -319,11 +320,13 @@ def _decided(now: Standing) -> Stop | None:
         sum(arm != plain for arm, _ in finished),
         sum(task.trial.arm != plain for task in usable),
     )
-    left = [
-        ended.task.trial.config
+    waiting = [
+        ended
         for ended in now.at(plan.last - 1)
         if ended.task.trial.arm != plain and ended.task.trial.config not in finished
-    ][:free]
+    ]
+    ahead = [task for task in usable if task.trial.arm != plain]
+    left = [ended.task.trial.config for ended in now.set_apart(waiting, ahead)[:free]]
     if not left:
         return None
     leader = final[0].task.trial.config

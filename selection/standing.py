@@ -1,6 +1,7 @@
 """Where a search stands: a plan and a study, with what follows from both, and what they can pay."""
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 from core.errors import InvalidInput
@@ -89,6 +90,14 @@ class Standing:
         ]
         belief = self.belief_below(rung)
         return sorted(found, key=lambda e: (-belief.value(e.task.trial.config), e.task.key))
+
+    def set_apart(self, waiting: Sequence[Ended], ahead: Sequence[Task]) -> list[Ended]:
+        """Results of a rung in the order in which they go on, beside those that have."""
+        rung = max((ended.task.rung for ended in waiting), default=0)
+        belief = self.belief_below(rung)
+        by_config = {ended.task.trial.config: ended for ended in waiting}
+        gone = [task.trial.config for task in ahead if task.trial.config in belief.index]
+        return [by_config[config] for config in belief.set_apart(list(by_config), gone)]
 
     def open_below(self, rung: int) -> int:
         """Tasks of lower rungs that somebody does. Who waits has been found too dear to start."""

@@ -176,7 +176,7 @@ def test_scores_that_the_first_rung_contradicts_count_for_nothing() -> None:
     against = {name: 0.6 * math.exp(-0.002 * i) for i, name in enumerate(names)}
     belief = believe(made, screened(made, against))
     values = [belief.value((name, 0)) for name in names]
-    assert np.corrcoef(values, range(len(names)))[0, 1] > 0.95
+    assert np.corrcoef(values, range(len(names)))[0, 1] > 0.9
     assert belief.sizes.slope < 0.5
 
 
