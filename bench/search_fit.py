@@ -1,14 +1,14 @@
 """What short runs say of whole ones, on recorded tables: s_k and the correlation of a rung.
 
 The search assumes both (selection/belief.py). Here they are estimated by moments from two looks at
-the same configurations that share no noise: another seed, other pairs. With y_k and y'_k percent of
-log-loss at rung k in the two, centred within a dataset, and K the end,
+the same runs on different pairs, or at the same configurations with different seeds too. With y_k
+and y'_k percent of log-loss at rung k in the two, centred within a dataset, and K the end,
 
     s_k = Cov(y_k, y'_K) / Cov(y_K, y'_K),
     rho_k = Cov(y_k, y'_K) / sqrt(Cov(y_k, y'_k) Cov(y_K, y'_K)),
 
-sums over datasets in numerator and denominator, both looks in either role. Noise of seeds and pairs
-is in none of them. Intervals are those of the jackknife over datasets.
+sums over datasets in numerator and denominator, both looks in either role. Noise of what the looks
+do not share is in none of them. Intervals are those of the jackknife over datasets.
 """
 
 import math
@@ -78,6 +78,17 @@ def repeated(looks: Sequence[Looks]) -> list[Repeated]:
     return found
 
 
+def looks_of_runs(case: Case) -> list[Looks]:
+    """Each seed's runs on one half of the prompts and on the other."""
+    found = []
+    for seed in case.seeds:
+        own = case.first(case.whole[seed])
+        one, other = (_seen(own, seed, half=half) for half in HALVES)
+        fine = np.isfinite(one).all(axis=0) & np.isfinite(other).all(axis=0)
+        found.append(Looks(case.data, one[:, fine], other[:, fine]))
+    return found
+
+
 def looks_of_case(case: Case) -> list[Looks]:
     """One seed on one half of the prompts and the other seed on the other half, both ways."""
     case = case.first(case.twice)
@@ -93,7 +104,7 @@ def looks_of_case(case: Case) -> list[Looks]:
 
 
 def _seen(case: Case, seed: int, *, half: int) -> Floats:
-    places = sorted({(arm, setting) for arm, setting, _ in case.runs})
+    places = sorted({(arm, setting) for arm, setting, of in case.runs if of == seed})
     found = np.full((len(RUNGS) + 1, len(places)), np.nan)
     for column, (arm, setting) in enumerate(places):
         for rung in range(len(RUNGS) + 1):

@@ -20,6 +20,7 @@ from bench.search_fit import (
     fit,
     fitted_table,
     looks_of_case,
+    looks_of_runs,
     looks_of_seeds,
     repeated,
 )
@@ -452,6 +453,12 @@ def test_looks_of_a_table_share_neither_seed_nor_pairs() -> None:
     other = case.scored((PLAIN, 0, 1), 2, half=1)
     assert other is not None
     assert looks[0].other[2, arms.index(PLAIN)] == pytest.approx(-100 * math.log(other.log_loss))
+    runs = looks_of_runs(case)
+    assert [look.one.shape for look in runs] == [(3, 29), (3, 29)]
+    assert runs[0].one[2, arms.index(PLAIN)] == looks[0].one[2, arms.index(PLAIN)]
+    own = case.scored((PLAIN, 0, 0), 2, half=1)
+    assert own is not None
+    assert runs[0].other[2, arms.index(PLAIN)] == pytest.approx(-100 * math.log(own.log_loss))
     both = looks_of_seeds(
         table_of_one(), budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS
     )
