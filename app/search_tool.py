@@ -235,6 +235,8 @@ def _independent(one: Racer, other: Racer) -> float | None:
 def _on_level(task: RaceTask, losses: dict[int, Floats | None]) -> dict[int, Floats]:
     """Losses of pairs on one level of seeds, by the number of the configuration."""
     there = [(r, found) for r in task.racers if (found := losses[r.number]) is not None]
+    if not there:
+        return {}
     entrants = [Entrant(r.number, found, tuple(r.log_losses)) for r, found in there]
     return dict(zip([e.number for e in entrants], on_level(entrants), strict=True))
 

@@ -27,9 +27,17 @@ def levels(log_losses: Sequence[Mapping[int, float]]) -> list[float]:
     Raises:
         ValueError: a configuration has no log-loss.
     """
-    weights = level_weights([tuple(each) for each in log_losses])
-    flat = [value for each in log_losses for value in each.values()]
-    return [math.fsum(w * y for w, y in zip(row, flat, strict=True)) for row in weights]
+    places, normal = _normal([tuple(each) for each in log_losses])
+    right = [0.0] * len(places)
+    for each in log_losses:
+        mean = math.fsum(each.values()) / len(each)
+        for seed, value in each.items():
+            right[places[seed]] += value - mean
+    (shifts,) = _solved(normal, [right])
+    return [
+        math.fsum(value - shifts[places[seed]] for seed, value in each.items()) / len(each)
+        for each in log_losses
+    ]
 
 
 def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
@@ -37,18 +45,12 @@ def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
 
     `seeds[i]` are those of configuration i, in the order of its log-losses; W is
     (configurations, N), its rows sum to 1.
+
+    Raises:
+        ValueError: a configuration has no seed.
     """
-    if not all(seeds):
-        raise ValueError("a configuration has no seed; expected one or more of each")
-    places = {seed: k for k, seed in enumerate(sorted({s for own in seeds for s in own}))}
-    normal = [[0.0] * len(places) for _ in places]
-    right: Matrix = []
-    for own in seeds:
-        rows = [[_centred(own, seed, other) for other in places] for seed in own]
-        right += rows
-        for seed, row in zip(own, rows, strict=True):
-            for k, value in enumerate(row):
-                normal[places[seed]][k] += value
+    places, normal = _normal(seeds)
+    right = [[_centred(own, seed, other) for other in places] for own in seeds for seed in own]
     shifts, found, at = _solved(normal, right), [], 0
     for own in seeds:
         row = [-math.fsum(c[places[seed]] for seed in own) / len(own) for c in shifts]
@@ -57,6 +59,19 @@ def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
         at += len(own)
         found.append(row)
     return found
+
+
+def _normal(seeds: Sequence[Sequence[int]]) -> tuple[dict[int, int], Matrix]:
+    """Places of the seeds, lowest first, and the normal equations of what they do."""
+    if not all(seeds):
+        raise ValueError("a configuration has no seed; expected one or more of each")
+    places = {seed: k for k, seed in enumerate(sorted({s for own in seeds for s in own}))}
+    normal = [[0.0] * len(places) for _ in places]
+    for own in seeds:
+        for seed in own:
+            for other in own:
+                normal[places[seed]][places[other]] += _centred(own, seed, other)
+    return places, normal
 
 
 def _centred(own: Sequence[int], seed: int, other: int) -> float:

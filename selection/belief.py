@@ -14,6 +14,7 @@ over a grid, weighted by marginal likelihood. A score is believed as far as the 
 out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -129,37 +130,41 @@ class Belief:
         ahead = (float(self.mean[i]) - best) / sd
         return round(sd * (ahead * standard.cdf(ahead) + standard.pdf(ahead)), 9)
 
-    def set_apart(self, configs: Sequence[Config], beside: Sequence[Config]) -> list[Config]:
-        """Order configurations so that every first few of them, with `beside`, promise most.
+    def set_apart(
+        self, configs: Sequence[Config], beside: Sequence[Config], number: int
+    ) -> list[Config]:
+        """The so many configurations that, with `beside`, promise most together, in their order.
 
         Greedy: next comes who adds most to E max z over those before (a set function of falling
         gains, for which that is within 1 - 1/e of the best set: Nemhauser et al. 1978). The first
         is the best alone; one that is like those before it comes late, however good.
         """
-        draws = self._draws
-        best = np.full(draws.shape[1], -np.inf)
+        left, order = sorted(configs), list[Config]()
+        if not left or number < 1:
+            return []
+        draws = self._draws([*left, *beside])
+        best = np.full(_DRAWS, -np.inf)
         for config in beside:
-            best = np.maximum(best, draws[self.index[config]])
-        left, order = sorted(configs), []
-        while left:
-            gains = [
-                round(float(np.maximum(best, draws[self.index[c]]).mean()), _DIGITS) for c in left
-            ]
+            best = np.maximum(best, draws[config])
+        while left and len(order) < number:
+            gains = [round(float(np.maximum(best, draws[c]).mean()), _DIGITS) for c in left]
             found = max(zip(gains, left, strict=True), key=lambda e: (e[0], self.value(e[1])))[1]
             order.append(found)
             left.remove(found)
-            best = np.maximum(best, draws[self.index[found]])
+            best = np.maximum(best, draws[found])
         return order
 
-    @cached_property
-    def _draws(self) -> Floats:
-        """Made-up truths, (configs, draws), in pairs that mirror each other."""
-        values, vectors = np.linalg.eigh(self.covariance)
+    def _draws(self, configs: Sequence[Config]) -> dict[Config, Floats]:
+        """Made-up truths of configurations, (draws,) each, in pairs that mirror each other.
+
+        A configuration's own lots follow from its name: whoever else is there changes none of them.
+        """
+        at = [self.index[config] for config in configs]
+        values, vectors = np.linalg.eigh(self.covariance[np.ix_(at, at)])
         root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-        normals = np.random.default_rng(0).normal(size=(len(self.configs), _DRAWS // 2))
+        normals = np.stack([_normals(config) for config in configs])
         away = root @ np.concatenate([normals, -normals], axis=1)
-        found: Floats = self.mean[:, None] + away
-        return found
+        return dict(zip(configs, self.mean[at][:, None] + away, strict=True))
 
     def beats(self, config: Config, other: Config, *, by: float) -> float:
         """P(config is better than other by more than `by` percent at full length)."""
@@ -167,6 +172,12 @@ class Belief:
         variance = self.covariance[i, i] + self.covariance[j, j] - 2 * self.covariance[i, j]
         gap = float(self.mean[i] - self.mean[j]) - by
         return NormalDist().cdf(gap / math.sqrt(max(float(variance), _JITTER)))
+
+
+@lru_cache(maxsize=1024)
+def _normals(config: Config) -> Floats:
+    bits = hashlib.sha256(f"{config[0]}:{config[1]}".encode()).digest()[:8]
+    return np.random.default_rng(int.from_bytes(bits, "big")).normal(size=_DRAWS // 2)
 
 
 def believe(

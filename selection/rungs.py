@@ -1,10 +1,11 @@
 """The search as a pure function: (plan, what is known) -> what to do next.
 
-All recommended arms are screened at the first rung, in the order of the recommendation; the best
-by posterior go on to longer rungs (successive halving: Jamieson & Talwalkar 2016; asynchronous:
-Li et al., "A System for Massively Parallel Hyperparameter Tuning", 1810.05934), each from where it
-stopped; settings are drawn inside the leading arms; plain DPO is tuned with as many draws and goes
-all the way; the last ones are repeated with a second seed where they are too close to tell.
+All recommended arms are screened at the first rung, in the order of the recommendation; those that
+promise most together go on to longer rungs (successive halving: Jamieson & Talwalkar 2016;
+asynchronous: Li et al., "A System for Massively Parallel Hyperparameter Tuning", 1810.05934), each
+from where it stopped; settings are drawn inside the leading arms; plain DPO is tuned with as many
+draws and goes all the way; the last ones are repeated with a second seed where they are too close
+to tell.
 
 Nothing is remembered between calls and nothing is drawn from a global generator: whoever asks, in
 whatever process, after whatever crash, gets the same answer for the same study. Callers serialise
@@ -156,7 +157,7 @@ def _wanted(now: Standing) -> Iterator[Wanted]:
 
 
 def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
-    """Trials that go on to a rung: the best of the rung below, and the best of plain DPO."""
+    """Trials that go on to a rung: who promises most together, and the best of plain DPO."""
     plan, start = now.plan, now.plan.rungs[rung - 1]
     plain = plan.plain.name
     below = now.at(rung - 1)
@@ -172,7 +173,7 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
     left = places_left(places, sum(task.trial.arm != plain for task in ahead), taken)
     waiting = [ended for ended in below if ended.task.trial.key not in gone]
     pairs = [ended for ended in waiting if ended.task.trial.arm != plain]
-    going = now.set_apart(pairs, [t for t in usable if t.trial.arm != plain])[:left]
+    going = now.set_apart(pairs, [t for t in usable if t.trial.arm != plain], left)
     best = [ended for ended in waiting if ended.task.trial.arm == plain]
     started = any(task.trial.arm == plain for task in usable)
     one = 1 if not taken else 0
@@ -203,7 +204,7 @@ def _drawn(now: Standing) -> Iterator[Wanted]:
     }
     belief = believe(plan, _known_to(now, own, 0))
     screened = {e.task.trial.arm for e in now.at(0) if not e.task.trial.draw}
-    order = [arm for arm, _ in belief.set_apart([(arm, 0) for arm in screened], [])]
+    order = [arm for arm, _ in belief.set_apart([(arm, 0) for arm in screened], [], len(screened))]
     drawn = [arm for arm in order if own[arm] and arm != plain]
     fresh = [arm for arm in order if not own[arm] and arm != plain]
     leading = (drawn + fresh)[: max(shape.leading, len(drawn))]
@@ -325,8 +326,8 @@ def _decided(now: Standing) -> Stop | None:
         for ended in now.at(plan.last - 1)
         if ended.task.trial.arm != plain and ended.task.trial.config not in finished
     ]
-    ahead = [task for task in usable if task.trial.arm != plain]
-    left = [ended.task.trial.config for ended in now.set_apart(waiting, ahead)[:free]]
+    ahead = [task for task in usable if task.trial.arm != plain and task.start]
+    left = [ended.task.trial.config for ended in now.set_apart(waiting, ahead, free)]
     if not left:
         return None
     leader = final[0].task.trial.config

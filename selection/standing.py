@@ -91,13 +91,25 @@ class Standing:
         belief = self.belief_below(rung)
         return sorted(found, key=lambda e: (-belief.value(e.task.trial.config), e.task.key))
 
-    def set_apart(self, waiting: Sequence[Ended], ahead: Sequence[Task]) -> list[Ended]:
-        """Results of a rung in the order in which they go on, beside those that have."""
-        rung = max((ended.task.rung for ended in waiting), default=0)
+    def set_apart(
+        self, waiting: Sequence[Ended], ahead: Sequence[Task], number: int
+    ) -> list[Ended]:
+        """The first so many results of a rung that go on, beside those that have.
+
+        `waiting` in the order of `at`. While others still run or are to come, nobody goes who would
+        not also go for being good alone: what comes in may be like them.
+        """
+        if number < 1 or not waiting:
+            return []
+        rung = waiting[0].task.rung
         belief = self.belief_below(rung)
         by_config = {ended.task.trial.config: ended for ended in waiting}
         gone = [task.trial.config for task in ahead if task.trial.config in belief.index]
-        return [by_config[config] for config in belief.set_apart(list(by_config), gone)]
+        found = [by_config[config] for config in belief.set_apart(list(by_config), gone, number)]
+        if self.open_below(rung + 1):
+            alone = {ended.task.key for ended in waiting[:number]}
+            found = [ended for ended in found if ended.task.key in alone]
+        return found
 
     def open_below(self, rung: int) -> int:
         """Tasks of lower rungs that somebody does. Who waits has been found too dear to start."""

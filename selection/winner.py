@@ -99,8 +99,10 @@ def select_winner(
             reason=f"None of {len(results)} trials ended with a log-loss within the constraints.",
         )
     entrants = None if group is None else _entrants(measured)
-    found = levels([trial.log_losses for trial in measured])
-    level = {trial.number: value for trial, value in zip(measured, found, strict=True)}
+    # Losses and log-losses are to be on one level, which some infeasible trials may not tell of.
+    known = measured if entrants is None else [t for t in measured if t.losses is not None]
+    found = levels([trial.log_losses for trial in known])
+    level = {trial.number: value for trial, value in zip(known, found, strict=True)}
     racing = [trial for trial in measured if trial.feasible]
     lowest = min(racing, key=lambda trial: (level[trial.number], trial.number))
     if entrants is None or group is None:

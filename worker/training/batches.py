@@ -165,20 +165,23 @@ def micro_batches(
     the pairs sorted by length, so that little is padded. Where several run at once, in `lanes`, as
     many groups as keep all of them busy.
     """
-    if form is Form.PLAIN:
-        padded = 2 * sum(pairs[i].length for i in index)
-        rounds = math.ceil(padded / (lanes * max_tokens))
-        share = math.ceil(padded / (lanes * max(1, rounds)))
-        return _sorted_groups(pairs, index, max_tokens=min(max_tokens, share))
+    if form is Form.PLAIN and lanes == 1:
+        return _sorted_groups(pairs, index, max_tokens=max_tokens)
     sizes = {i: computed_tokens(pairs[i], form) for i in index}
-    rounds = math.ceil(sum(sizes[i] for i in index) / (lanes * max_tokens))
-    count = min(len(index), lanes * max(1, rounds))
+    count = lanes * max(1, math.ceil(sum(sizes[i] for i in index) / (lanes * max_tokens)))
     while True:
-        groups = spread(index, sizes, count)
-        fits = all(len(g) == 1 or sum(sizes[i] for i in g) <= max_tokens for g in groups)
-        if fits or count == len(index):
+        if form is Form.PLAIN:
+            groups = _even_groups(pairs, index, count)
+            tokens = [2 * len(g) * max(pairs[i].length for i in g) for g in groups]
+        else:
+            groups = spread(index, sizes, count)
+            tokens = [sum(sizes[i] for i in g) for g in groups]
+        fits = all(len(g) == 1 or n <= max_tokens for g, n in zip(groups, tokens, strict=True))
+        if fits:
             return groups
-        count += 1
+        if count >= len(index):
+            return [[i] for i in index]
+        count += lanes
 
 
 def spread(index: Sequence[int], sizes: Mapping[int, int], count: int) -> list[list[int]]:
@@ -190,6 +193,20 @@ def spread(index: Sequence[int], sizes: Mapping[int, int], count: int) -> list[l
         groups[number].append(i)
         heapq.heappush(heap, (filled + sizes[i], number))
     return groups
+
+
+def _even_groups(
+    pairs: Sequence[TokenizedPair], index: Sequence[int], count: int
+) -> list[list[int]]:
+    """Up to `count` groups of about as many tokens, cut from the pairs sorted by length."""
+    order = sorted(index, key=lambda i: (pairs[i].length, i))
+    total, before = sum(pairs[i].length for i in order), 0
+    groups: list[list[int]] = [[] for _ in range(min(count, len(order)))]
+    for i in order:
+        middle = before + pairs[i].length / 2
+        groups[min(len(groups) - 1, int(middle * len(groups) / total))].append(i)
+        before += pairs[i].length
+    return [group for group in groups if group]
 
 
 def _sorted_groups(

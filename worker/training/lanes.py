@@ -25,8 +25,10 @@ def lanes_of(policy: Policy) -> int:
     """How many batches run at once, by model and threads alone."""
     config = policy.causal.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one for each kind of layer.
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]
     # These models keep the frequencies of the latest input in themselves.
-    keeps_state = rope.get("rope_type") in _CHANGING_POSITIONS
+    keeps_state = any(kind.get("rope_type") in _CHANGING_POSITIONS for kind in kinds)
     if policy.device.type != "cpu" or policy.hidden_size > WIDEST or keeps_state:
         return 1
     return torch.get_num_threads()

@@ -137,9 +137,11 @@ class PairStep:
         device = self.policy.device
         if self.policy.is_full and self.loss.divergence and self.data.reference_states is None:
             raise states_missing("a divergence penalty is measured from")
-        # The adapter is switched off for the base, in all lanes at once.
+        # The adapter is switched off for the base, in all lanes at once; and a lane's gradients are
+        # as large as what is trained.
         runs_base = self.loss.divergence is not None and self.data.reference_states is None
-        self._lanes = 1 if self.ranks.size > 1 or runs_base else lanes_of(self.policy)
+        is_alone = self.ranks.size > 1 or runs_base or self.policy.is_full
+        self._lanes = 1 if is_alone else lanes_of(self.policy)
         self.max_tokens = self.max_tokens or MICRO_TOKENS.get(device.type, MICRO_TOKENS["cuda"])
         self._chosen = self.data.chosen_log_prob.to(device)
         self._rejected = self.data.rejected_log_prob.to(device)
