@@ -39,9 +39,9 @@ class FinalRunSpec(SpecModel):
         default=None,
         ge=1,
         le=16_777_216,
-        description="most tokens of a batch that goes through the model, a longer pair excepted; on "
-        "a CPU each thread may have one. null: what suits the device. Steps are the same however "
-        "they are cut",
+        description="most tokens of a batch that goes through the model, a longer pair excepted; "
+        "on a CPU each thread may have one. null: what suits the device. Steps are the same "
+        "however they are cut",
     )
     eval_every: float | None = Field(
         default=None,
