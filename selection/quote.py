@@ -346,26 +346,58 @@ def plan_search(
 def fit_shape(plan: Plan, *, workers: int = 1) -> tuple[str, Plan]:
     """The plan in the dearest shape that its budget is expected to pay, with the shape's name.
 
-    Second seeds of finalists are not counted: they are trained if something is left. The cheapest
-    shape where none fits, the usual one without limits; the shape that the plan has is not looked
-    at.
+    What is left goes into more of what the next dearer one has, finalists first. Second seeds of
+    finalists are not counted: they are trained if something is left. The cheapest shape where none
+    fits, the usual one without limits; the shape that the plan has is not looked at.
     """
-    budget = plan.budget
-    if budget == Budget():
+    if plan.budget == Budget():
         return "usual", shaped(plan, "usual")
+    dearer = None
     for name in SHAPES:
         tried = shaped(plan, name)
-        left = _left(tried, Study(), costs_of(tried, Study()))
-        price = math.fsum(s for s, maybe in zip(left.seconds, left.maybe, strict=True) if not maybe)
-        shape = tried.shape
-        trials = 1 + shape.screened + (1 + shape.leading) * shape.draws
-        if (
-            price <= (budget.gpu_seconds or math.inf)
-            and trials <= (budget.trials or math.inf)
-            and max(left.chain, price / workers) <= (budget.deadline_seconds or math.inf)
-        ):
-            return name, tried
+        if _pays(tried, workers=workers):
+            return name, tried if dearer is None else _widened(tried, dearer, workers=workers)
+        dearer = tried.shape
     return "least", shaped(plan, "least")
+
+
+def _pays(plan: Plan, *, workers: int) -> bool:
+    """Whether a plan's budget is expected to pay for its shape, second seeds aside."""
+    budget, shape = plan.budget, plan.shape
+    left = _left(plan, Study(), costs_of(plan, Study()))
+    price = math.fsum(s for s, maybe in zip(left.seconds, left.maybe, strict=True) if not maybe)
+    trials = 1 + shape.screened + (1 + shape.leading) * shape.draws
+    return (
+        price <= (budget.gpu_seconds or math.inf)
+        and trials <= (budget.trials or math.inf)
+        and max(left.chain, price / workers) <= (budget.deadline_seconds or math.inf)
+    )
+
+
+def _widened(plan: Plan, dearer: Shape, *, workers: int) -> Plan:
+    """The plan with as much of a dearer shape as its budget pays: the longest runs first."""
+    found = plan
+    steps = [
+        *(f"kept {k}" for k in reversed(range(len(dearer.kept)))), "draws", "leading", "screened",
+    ]  # fmt: skip
+    for step in steps:
+        while (wider := _wider(found.shape, dearer, step)) is not None:
+            tried = replace(found, shape=wider)
+            if not _pays(tried, workers=workers):
+                break
+            found = tried
+    return found
+
+
+def _wider(shape: Shape, dearer: Shape, step: str) -> Shape | None:
+    """The shape with one more of something; None where it has as much as the dearer one."""
+    if step.startswith("kept"):
+        k = int(step.split()[1])
+        if shape.kept[k] >= dearer.kept[k]:
+            return None
+        return replace(shape, kept=(*shape.kept[:k], shape.kept[k] + 1, *shape.kept[k + 1 :]))
+    number = getattr(shape, step)
+    return replace(shape, **{step: number + 1}) if number < getattr(dearer, step) else None
 
 
 def shaped(plan: Plan, name: str) -> Plan:
