@@ -6,9 +6,9 @@ In percent of log-loss, the unit of the recommender's scores. At rung k a trial 
     z_c = b score_arm + kernel + divergence + pair + h(setting) - h(recommended),
 
 s_k is how much of an effect shows at that length, u what a short run says wrongly, e the noise of
-a seed and of a finite validation set. What is wrong is wrong in the same ways as z: if kernels and
-divergences add up at the end they add up after five steps too, and a divergence that learns fast at
-first does so with every kernel. Levels are free: trials of the same rung and seed are compared.
+a seed and of a finite validation set. Kernel and divergence are parts of u as well as of z: what
+learns fast at first does so in every pair. Levels are free: trials of the same rung and seed are
+compared.
 The sizes of all these come from the first rung, which all arms reach, by empirical Bayes: average
 over a grid, weighted by marginal likelihood. A score is believed as far as the first rung bears it
 out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
@@ -32,21 +32,25 @@ Floats = NDArray[np.float64]
 Config = tuple[str, int]
 
 _AT = np.log([0.02, 0.06, 0.2, 1.0])
-_SIGNAL = (0.35, 0.55, 0.8, 1.0)
-_CORRELATION = (0.6, 0.75, 0.9, 1.0)
+_SIGNAL = (0.02, 0.06, 0.17, 1.0)
+_CORRELATION = (0.15, 0.25, 0.6, 1.0)
 _LEVEL_VARIANCE = 1e4
 _SETTING_LENGTH = 1.0
 """In units of log factors: settings e times apart have a correlation of exp(-1/2)."""
 _SHARED = 0.5
 """Part of a setting's effect that is the same in all arms."""
-_LEAST_SETTING_SD = 1.0
+_LEAST_SETTING_SD = 3.0
 _JITTER = 1e-9
 _DRAWS, _DIGITS = 1024, 6
 
 _SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SPLITS = (
     (0.05, 0.05, 0.9), (0.2, 0.4, 0.4), (0.1, 0.7, 0.2), (0.05, 0.93, 0.02), (0.48, 0.5, 0.02),
+    (0.93, 0.05, 0.02),
 )  # fmt: skip
+_LASTING = (0.05, 0.85, 0.1)
+"""How far effects at the end are a matter of kernel, divergence, and neither. In the recorded table
+divergences explain most of what pairs at one setting differ by, kernels hardly anything."""
 _SLOPES = (0.0, 0.5, 1.0)
 _NOISES = (0.15, 0.3, 0.6, 1.2)
 
@@ -196,7 +200,9 @@ def believe(
     sizes = _sizes(plan, measured)
     prior = np.array([sizes.slope * arms[arm].score for arm, _ in configs])
     named = {name: _Named.of(arm) for name, arm in arms.items()}
-    covariance = _covariance([named[arm] for arm, _ in configs], list(points.values()), sizes)
+    who = [named[arm] for arm, _ in configs]
+    settings = list(points.values())
+    covariance = _covariance(who, settings, sizes, split=_LASTING)
     if not measured:
         return Belief(configs, prior, covariance, sizes)
     rungs = np.array([ended.task.rung for ended in measured])
@@ -210,7 +216,10 @@ def believe(
     shown = scale[rungs]
     cross = covariance[:, where] * shown
     total = cross[where, :] * shown[:, None]
-    total *= 1.0 + wrong[rungs] * np.equal.outer(rungs, rungs)
+    misled = _covariance(
+        [who[i] for i in where], [settings[i] for i in where], sizes, split=sizes.split
+    )
+    total += np.equal.outer(rungs, rungs) * wrong[rungs] * np.outer(shown, shown) * misled
     total += sizes.noise**2 * np.eye(len(measured))
     total += _LEVEL_VARIANCE * np.equal.outer(stages, stages)
     gain = np.linalg.solve(total, cross.T).T
@@ -241,11 +250,16 @@ def _rung_terms(plan: Plan) -> tuple[Floats, Floats]:
     return scale, np.array([misleading(fraction) for fraction in fractions])
 
 
-def _covariance(arms: Sequence[_Named], settings: Sequence[Setting], sizes: Sizes) -> Floats:
+def _covariance(
+    arms: Sequence[_Named],
+    settings: Sequence[Setting],
+    sizes: Sizes,
+    *,
+    split: tuple[float, float, float],
+) -> Floats:
     """Prior covariance (n, n) of the effects of arms at settings, percent squared."""
-    same = _same_parts(arms)
-    share = np.array(sizes.split)
-    pairs: Floats = sizes.spread**2 * np.tensordot(share, same, axes=1)
+    alike = np.tensordot(np.array(split), _same_parts(arms), axes=1)
+    pairs: Floats = sizes.spread**2 * alike
     points = np.array([setting.point for setting in settings])
     if not points.any():
         return pairs
@@ -253,7 +267,7 @@ def _covariance(arms: Sequence[_Named], settings: Sequence[Setting], sizes: Size
     at_origin = _nearness(points, origin)
     # The effect of a setting is relative to the recommended one, where it is 0.
     tuned = _nearness(points, points) - at_origin - at_origin.T + 1.0
-    found: Floats = pairs + sizes.setting**2 * tuned * (_SHARED + (1.0 - _SHARED) * same[2])
+    found: Floats = pairs + sizes.setting**2 * tuned * (_SHARED + (1.0 - _SHARED) * alike)
     return found
 
 
@@ -288,7 +302,7 @@ def _sizes(plan: Plan, measured: Sequence[Ended]) -> Sizes:
 def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], fraction: float) -> Sizes:
     """Posterior mean of the sizes over a grid with equal prior weights.
 
-    log N(y - s b score; 0, s^2 spread^2 parts / rho^2 + noise^2), the level free.
+    log N(y - s b score; 0, s^2 spread^2 (lasting + (1/rho^2 - 1) parts) + noise^2), the level free.
     """
     grid = list(itertools.product(_SPREADS, _SPLITS, _SLOPES, _NOISES))
     weights = np.full(len(grid), 1.0 / len(grid))
@@ -317,9 +331,10 @@ def _log_likelihoods(arms: Sequence[_Named], y: Floats, shown: float, wrong: flo
     scores = np.array([arm.score for arm in arms])
     rests = np.stack([basis @ (y - shown * slope * scores) for slope in _SLOPES])
     same = _same_parts(arms)
+    lasting = np.tensordot(np.array(_LASTING), same, axes=1)
     found = np.empty((len(_SPREADS), len(_SPLITS), len(_SLOPES), len(_NOISES)))
     for column, split in enumerate(_SPLITS):
-        parts = np.tensordot(np.array(split), same, axes=1) * (1.0 + wrong)
+        parts = lasting + wrong * np.tensordot(np.array(split), same, axes=1)
         values, vectors = np.linalg.eigh(basis @ parts @ basis.T)
         squares = (rests @ vectors) ** 2
         for row, spread in enumerate(_SPREADS):
