@@ -35,14 +35,15 @@ def comparable(found: Sequence[Case]) -> list[Case]:
 def short_runs(found: Sequence[Case], single: Sequence[Row]) -> list[ShortRuns]:
     """What short runs of both tables say of whole ones."""
     budget, rungs = selection_cases.BUDGET, selection_cases.RUNGS
-    fractions = tuple(step / budget["steps"] for step in rungs)
     runs = [look for case in found for look in search_fit.looks_of_runs(case)]
     halves = [look for case in found for look in search_fit.looks_of_case(case)]
     seeds = search_fit.looks_of_seeds(single, budget=budget, rungs=rungs)
     return [
-        ShortRuns.of("the same runs, `bench/tables/search.jsonl`", runs, search_fit.FRACTIONS),
-        ShortRuns.of("other seeds, the same table", halves, search_fit.FRACTIONS),
-        ShortRuns.of("other seeds, `bench/tables/selection.jsonl`", seeds, fractions),
+        ShortRuns.of("the same runs, `bench/tables/search.jsonl`", runs, search_fit.STEPS),
+        ShortRuns.of("other seeds, the same table", halves, search_fit.STEPS),
+        ShortRuns.of(
+            "other seeds, `bench/tables/selection.jsonl`", seeds, (*rungs, budget["steps"])
+        ),
     ]
 
 

@@ -134,20 +134,21 @@ def looks_of_seeds(rows: Sequence[Row], *, budget: Row, rungs: Sequence[int]) ->
     return found
 
 
-def fit(looks: Sequence[Looks], fractions: Sequence[float]) -> list[Fitted]:
-    """Both constants of every rung but the last; None where the data carry none."""
+def fit(looks: Sequence[Looks], rungs: Sequence[int]) -> list[Fitted]:
+    """Both constants of every rung (in steps) but the last; None where the data carry none."""
     names = sorted({each.data for each in looks})
     found = []
-    for rung, fraction in enumerate(fractions):
-        whole = _moments(looks, rung)
+    whole = rungs[-1]
+    for rung, step in enumerate(rungs[:-1]):
+        together = _moments(looks, rung)
         without = [_moments([x for x in looks if x.data != name], rung) for name in names]
         found.append(
             Fitted(
-                fraction=fraction,
-                signal=_estimate(whole[0], [each[0] for each in without]),
-                correlation=_estimate(whole[1], [each[1] for each in without]),
-                assumed_signal=signal(fraction),
-                assumed_correlation=1.0 / math.sqrt(1.0 + misleading(fraction)),
+                fraction=step / whole,
+                signal=_estimate(together[0], [each[0] for each in without]),
+                correlation=_estimate(together[1], [each[1] for each in without]),
+                assumed_signal=signal(step, whole),
+                assumed_correlation=1.0 / math.sqrt(1.0 + misleading(step, whole)),
             )
         )
     return found
@@ -187,9 +188,9 @@ class ShortRuns:
     fitted: Sequence[Fitted]
 
     @classmethod
-    def of(cls, table: str, looks: Sequence[Looks], fractions: Sequence[float]) -> "ShortRuns":
+    def of(cls, table: str, looks: Sequence[Looks], rungs: Sequence[int]) -> "ShortRuns":
         """Of all looks at a table; empty where there are none."""
-        return cls(table, repeated(looks), fit(looks, fractions) if looks else [])
+        return cls(table, repeated(looks), fit(looks, rungs) if looks else [])
 
     @property
     def text(self) -> str:
@@ -227,5 +228,5 @@ def _said(estimate: Estimate | None) -> str:
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-FRACTIONS = tuple(step / BUDGET["steps"] for step in RUNGS)
-"""Of the table with settings."""
+STEPS = (*RUNGS, BUDGET["steps"])
+"""Rungs of the table with settings, the end included."""

@@ -32,8 +32,11 @@ Floats = NDArray[np.float64]
 Config = tuple[str, int]
 
 _AT = np.log([0.02, 0.06, 0.2, 1.0])
-_SIGNAL = (0.02, 0.06, 0.17, 1.0)
-_CORRELATION = (0.15, 0.25, 0.6, 1.0)
+_SIGNAL = (0.35, 0.55, 0.8, 1.0)
+_CORRELATION = (0.6, 0.75, 0.9, 1.0)
+_STEPS = np.log([5.0, 16.0, 60.0])
+_EARLY_SIGNAL = (0.25, 0.3, 1.0)
+_EARLY_CORRELATION = (0.33, 0.67, 1.0)
 _LEVEL_VARIANCE = 1e4
 _SETTING_LENGTH = 1.0
 """In units of log factors: settings e times apart have a correlation of exp(-1/2)."""
@@ -48,7 +51,7 @@ _SPLITS = (
     (0.05, 0.05, 0.9), (0.2, 0.4, 0.4), (0.1, 0.7, 0.2), (0.05, 0.93, 0.02), (0.48, 0.5, 0.02),
     (0.93, 0.05, 0.02),
 )  # fmt: skip
-_LASTING = (0.05, 0.85, 0.1)
+_LASTING = (0.05, 0.65, 0.3)
 """How far effects at the end are a matter of kernel, divergence, and neither. In the recorded table
 divergences explain most of what pairs at one setting differ by, kernels hardly anything."""
 _SLOPES = (0.0, 0.5, 1.0)
@@ -72,22 +75,29 @@ class _Named:
         return cls(arm.name, objective.kernel_name, objective.divergence_name, arm.score)
 
 
-def signal(fraction: float) -> float:
-    """How much of an effect at full length shows at this fraction of it, s_k in (0, 1].
+def signal(step: int, whole: int) -> float:
+    """How much of an effect at full length shows after so many steps of it, s_k in (0, 1].
 
-    From the recorded ladder that the search was designed on: .35, .55, .8, 1 at 2, 6, 20, 100 %.
+    .35, .55, .8, 1 at 2, 6, 20, 100 % of a long run, as the search was designed; times .25, .3, 1
+    after 5, 16, 60 steps, as recorded in runs of 80.
     """
-    return float(np.interp(math.log(fraction), _AT, _SIGNAL))
+    return _at(step, whole, _SIGNAL, _EARLY_SIGNAL)
 
 
-def misleading(fraction: float) -> float:
+def misleading(step: int, whole: int) -> float:
     """Variance of what a rung says wrongly, u, as a multiple of that of effects: 1/rho^2 - 1.
 
     rho is the correlation with full length that is left without noise: .6, .75, .9, 1 at the same
-    lengths.
+    parts of a long run, times .33, .67, 1 after as many steps.
     """
-    rho = float(np.interp(math.log(fraction), _AT, _CORRELATION))
-    return 1.0 / rho**2 - 1.0
+    return 1.0 / _at(step, whole, _CORRELATION, _EARLY_CORRELATION) ** 2 - 1.0
+
+
+def _at(step: int, whole: int, parts: Sequence[float], early: Sequence[float]) -> float:
+    if step == whole:
+        return 1.0
+    part = float(np.interp(math.log(step / whole), _AT, parts))
+    return part * float(np.interp(math.log(step), _STEPS, early))
 
 
 @dataclass(frozen=True)
@@ -245,9 +255,9 @@ def _percent(ended: Ended) -> float:
 
 def _rung_terms(plan: Plan) -> tuple[Floats, Floats]:
     """s_k and Var u / Var z of every rung, each (rungs,)."""
-    fractions = [step / plan.rungs[-1] for step in plan.rungs]
-    scale = np.array([signal(fraction) for fraction in fractions])
-    return scale, np.array([misleading(fraction) for fraction in fractions])
+    whole = plan.rungs[-1]
+    scale = np.array([signal(step, whole) for step in plan.rungs])
+    return scale, np.array([misleading(step, whole) for step in plan.rungs])
 
 
 def _covariance(
@@ -295,11 +305,11 @@ def _sizes(plan: Plan, measured: Sequence[Ended]) -> Sizes:
         if ended.task.rung == 0 and ended.task.trial.draw == 0 and ended.task.trial.repeat == 0
     ]
     arms = tuple(_Named.of(plan.arm(ended.task.trial.arm)) for ended in first)
-    return _fitted(arms, tuple(_percent(ended) for ended in first), plan.rungs[0] / plan.rungs[-1])
+    return _fitted(arms, tuple(_percent(ended) for ended in first), plan.rungs[0], plan.rungs[-1])
 
 
 @lru_cache(maxsize=256)
-def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], fraction: float) -> Sizes:
+def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], step: int, whole: int) -> Sizes:
     """Posterior mean of the sizes over a grid with equal prior weights.
 
     log N(y - s b score; 0, s^2 spread^2 (lasting + (1/rho^2 - 1) parts) + noise^2), the level free.
@@ -307,7 +317,8 @@ def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], fraction: flo
     grid = list(itertools.product(_SPREADS, _SPLITS, _SLOPES, _NOISES))
     weights = np.full(len(grid), 1.0 / len(grid))
     if len(arms) >= 3:
-        logs = _log_likelihoods(arms, np.array(percents), signal(fraction), misleading(fraction))
+        shown, wrong = signal(step, whole), misleading(step, whole)
+        logs = _log_likelihoods(arms, np.array(percents), shown, wrong)
         weights = np.exp(logs - logs.max())
         weights /= weights.sum()
     spreads, splits, slopes, noises = zip(*grid, strict=True)

@@ -227,7 +227,8 @@ def test_improvement_is_larger_where_less_is_known() -> None:
 
 
 def test_what_short_runs_show() -> None:
-    assert [signal(f) for f in (0.02, 0.06, 0.2, 1.0)] == [0.35, 0.55, 0.8, 1.0]
-    assert misleading(1.0) == 0.0
-    assert misleading(0.02) > misleading(0.1) > misleading(0.5) > 0.0
+    assert [signal(k, 5000) for k in (100, 300, 1000, 5000)] == [0.35, 0.55, 0.8, 1.0]
+    assert signal(16, 80) == pytest.approx(0.8 * 0.3)
+    assert misleading(80, 80) == 0.0
+    assert misleading(5, 250) > misleading(5, 80) > misleading(16, 80) > misleading(40, 80) > 0.0
     assert finished(Task(Trial("dpo", 0, 0, RECOMMENDED, Origin.BASELINE), 0, 0)).is_measured
