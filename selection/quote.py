@@ -393,7 +393,10 @@ def _wider(shape: Shape, dearer: Shape, step: str) -> Shape | None:
     """The shape with one more of something; None where it has as much as the dearer one."""
     if step.startswith("kept"):
         k = int(step.split()[1])
-        if shape.kept[k] >= dearer.kept[k]:
+        is_last = k == len(shape.kept) - 1
+        # What tells is the last rung: of that as much as any shape has.
+        most = max(s.kept[-1] for s in SHAPES.values()) if is_last else dearer.kept[k]
+        if shape.kept[k] >= most:
             return None
         return replace(shape, kept=(*shape.kept[:k], shape.kept[k] + 1, *shape.kept[k + 1 :]))
     number = getattr(shape, step)
