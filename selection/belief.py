@@ -56,6 +56,8 @@ _LASTING = (0.05, 0.65, 0.3)
 """How far effects at the end are a matter of kernel, divergence, and neither. In the recorded table
 divergences explain most of what pairs at one setting differ by, kernels hardly anything."""
 _SLOPES = (0.0, 0.5, 1.0)
+_SLOPE_PRIOR = (0.7, 0.2, 0.1)
+"""Scores of the recommender did hardly better than chance in the recorded tables."""
 _NOISES = (0.15, 0.3, 0.6, 1.2)
 
 
@@ -321,16 +323,17 @@ def _sizes(plan: Plan, measured: Sequence[Ended]) -> Sizes:
 
 @lru_cache(maxsize=256)
 def _fitted(arms: tuple[_Named, ...], percents: tuple[float, ...], step: int, whole: int) -> Sizes:
-    """Posterior mean of the sizes over a grid with equal prior weights.
+    """Posterior mean of the sizes over a grid, with equal prior weights but for the slopes.
 
     log N(y - s b score; 0, s^2 spread^2 (lasting + (1/rho^2 - 1) parts) + noise^2), the level free.
     """
     grid = list(itertools.product(_SPREADS, _SPLITS, _SLOPES, _NOISES))
-    weights = np.full(len(grid), 1.0 / len(grid))
+    weights = np.array([_SLOPE_PRIOR[_SLOPES.index(slope)] for _, _, slope, _ in grid])
+    weights /= weights.sum()
     if len(arms) >= 3:
         shown, wrong = signal(step, whole), misleading(step, whole)
         logs = _log_likelihoods(arms, np.array(percents), shown, wrong)
-        weights = np.exp(logs - logs.max())
+        weights *= np.exp(logs - logs.max())
         weights /= weights.sum()
     spreads, splits, slopes, noises = zip(*grid, strict=True)
     split = weights @ np.array(splits)

@@ -137,14 +137,6 @@ def active_dimensions(candidate: CandidateSpec) -> tuple[int, ...]:
     return tuple(found)
 
 
-def limited(setting: Setting, dimensions: Sequence[int]) -> Setting:
-    """A setting in the coordinates that an arm has; as recommended in all others."""
-    point = [x if axis in dimensions else 0.0 for axis, x in enumerate(setting.point)]
-    if point == list(setting.point):
-        return setting
-    return setting_at(point, mixture=max(dimensions) > 3)
-
-
 def uniform_share(rung: int) -> float:
     """1 / (1 + 3^r): the higher the rung, the less is drawn from anywhere (2306.12370)."""
     return 1.0 / (1.0 + float(ETA) ** rung)

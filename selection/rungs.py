@@ -13,13 +13,13 @@ whatever process, after whatever crash, gets the same answer for the same study.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.run_spec import CandidateSpec
 from core.seeds import levels
 from selection.belief import Config, believe
-from selection.draws import RECOMMENDED, Density, Setting, active_dimensions, draw, limited
+from selection.draws import RECOMMENDED, Density, Setting, active_dimensions, draw
 from selection.standing import Standing, candidate_of
 from selection.study import (
     Action,
@@ -187,47 +187,48 @@ def _promoted(now: Standing, rung: int) -> Iterator[Wanted]:
 
 
 def _drawn(now: Standing) -> Iterator[Wanted]:
-    """The next drawn settings, in rounds: one of plain DPO and of as many pairs as lead.
+    """The next drawn setting of each leading arm and of plain DPO, fewest draws first.
 
-    In the first round these are the pairs that promise most as they are recommended; later ones
-    take what promises most of all that could be drawn, so that a setting that did well goes to
-    other pairs too. A round begins when all before it, and all arms as they are recommended, have
-    come to that rung: what is drawn depends on these results and on no others, however many workers
-    there are.
+    Settings are drawn in rounds, one of each arm, when all arms as they are recommended have come
+    to that rung and the rounds before have: what they are depends on these results and on no
+    others, however many workers there are.
     """
     plan, shape = now.plan, now.plan.shape
     running = [running.task for running in now.study.running if running.task.rung <= plan.draw_rung]
-    for number in range(shape.draws):
-        have = [trial for trial in now.trials.values() if _round_of(trial) == number]
-        fine = any(
-            e.task.key == (plan.plain.name, 0, 0, 0) and plan.accepts(e) for e in now.measured
-        )
-        missing = shape.leading + fine - len(have)
-        if missing <= 0:
+    if not shape.draws or any(not task.trial.draw for task in running):
+        return
+    plain = plan.plain.name
+    # What a person asked for makes no arm a leading one, and takes no draw from any.
+    own = {
+        a.name: [t for t in now.draws_of(a.name) if t.origin is not Origin.HAND] for a in plan.arms
+    }
+    belief = believe(plan, _known_to(now, own, 0))
+    screened = {e.task.trial.arm for e in now.at(0) if not e.task.trial.draw}
+    order = [arm for arm, _ in belief.set_apart([(arm, 0) for arm in screened], [], len(screened))]
+    drawn = [arm for arm in order if own[arm] and arm != plain]
+    fresh = [arm for arm in order if not own[arm] and arm != plain]
+    leading = (drawn + fresh)[: max(shape.leading, len(drawn))]
+    fine = [e for e in now.measured if e.task.key == (plain, 0, 0, 0) and plan.accepts(e)]
+    arms = leading + [plain] * len(fine)
+    open_rounds = [_round_of(task.trial, own) for task in running]
+    for arm in sorted(arms, key=lambda arm: len(own[arm])):
+        number = len(own[arm])
+        if number >= shape.draws or any(of < number for of in open_rounds):
             continue
-        if any(_round_of(task.trial) < number for task in running):
-            return
-        known = _known_to(now, number)
-        arms = {trial.arm for trial in have}
-        wanted = [trial for trial in _round(now, number, known) if trial.arm not in arms]
-        for trial in wanted[:missing]:
-            yield Task(trial, plan.draw_rung, 0), f"{trial.arm} leads, and its strengths are tuned"
-        # An arm may have nothing left to draw, but others of the round are not in yet.
-        if wanted or any(_round_of(task.trial) == number for task in running):
-            return
+        known = _known_to(now, own, number)
+        if (trial := _next_draw(now, plan.arm(arm), known)) is not None:
+            yield Task(trial, plan.draw_rung, 0), f"{arm} leads, and its strengths are tuned"
 
 
-_STRIDE = 100
+Own = Mapping[str, Sequence[Trial]]
 
 
-def _round_of(trial: Trial) -> int:
-    """In which round a setting was drawn, from 0; -1 of those that were not, or by hand."""
-    if not trial.draw or trial.repeat or trial.origin is Origin.HAND:
-        return -1
-    return (trial.draw - 1) % _STRIDE
+def _round_of(trial: Trial, own: Own) -> int:
+    """In which round a setting was drawn, from 0; -1 of those that were not."""
+    return own[trial.arm].index(trial) if trial in own[trial.arm] else -1
 
 
-def _known_to(now: Standing, number: int) -> Study:
+def _known_to(now: Standing, own: Own, number: int) -> Study:
     """What settings of a round are drawn by: results up to that rung, of rounds before it."""
     rung = now.plan.draw_rung
     return Study(
@@ -236,92 +237,52 @@ def _known_to(now: Standing, number: int) -> Study:
             for ended in now.study.ended
             if ended.task.rung <= rung
             and not ended.task.trial.repeat
-            and _round_of(ended.task.trial) < number
+            and _round_of(ended.task.trial, own) < number
         )
     )
 
 
-Proposals = dict[Config, tuple[Setting, Density]]
+def _next_draw(now: Standing, arm: Arm, known: Study) -> Trial | None:
+    """The next drawn trial of an arm; None where a pool has none left.
 
-
-def _round(now: Standing, number: int, known: Study) -> list[Trial]:
-    """The settings of a round, plain DPO's first, then those of different arms, best first."""
+    Of some settings drawn from the mix the one with the largest expected improvement over the
+    arm's best: the mix says where to look, the results where not to look again.
+    """
     plan = now.plan
+    drawn = now.draws_of(arm.name)
+    number = 1 + max((trial.draw for trial in drawn), default=0)
     belief = believe(plan, known)
-    own = [e.task.trial for e in known.ended if plan.accepts(e) and e.task.key not in now.failed]
-    there = [trial for trial in own if (*trial.key, plan.draw_rung) in now.tasks]
-    there.sort(key=lambda trial: (-belief.value(trial.config), trial.key))
-    names = {trial.arm for trial in own if not trial.draw}
-    if number == 0:
-        order = belief.set_apart(
-            [(arm, 0) for arm in names if arm != plan.plain.name], [], plan.shape.leading
-        )
-        found = []
-        for arm in (*({plan.plain.name} & names), *(arm for arm, _ in order)):
-            found += _best_of(now, number, known, _proposals(now, plan.arm(arm), number, there), [])
-        return found
-    found = []
-    if plan.plain.name in names:
-        found += _best_of(now, number, known, _proposals(now, plan.plain, number, there), [])
-    proposals: Proposals = {}
-    for arm in sorted({trial.arm for trial in there} - {plan.plain.name}):
-        proposals |= _proposals(now, plan.arm(arm), number, there)
-    pairs: list[Trial] = []
-    while proposals and len(pairs) < plan.shape.leading:
-        pairs += _best_of(now, number, known, proposals, pairs)
-        proposals = {c: p for c, p in proposals.items() if c[0] != pairs[-1].arm}
-    return found + pairs
-
-
-def _proposals(now: Standing, arm: Arm, number: int, there: Sequence[Trial]) -> Proposals:
-    """Settings that an arm might have next: drawn from the mix, and those that did best anywhere.
-
-    `there` are the trials that have come to that rung, the best first.
-    """
-    plan = now.plan
-    tried = [RECOMMENDED, *(trial.setting for trial in now.draws_of(arm.name))]
-    best = [trial.setting for trial in there if trial.arm == arm.name][:_BEST_FOR_DRAWS]
-    dimensions = active_dimensions(arm.candidate)
-    found: Proposals = {}
+    own = [
+        ended.task.trial
+        for ended in known.ended
+        if ended.task.trial.arm == arm.name
+        and ended.task.rung == plan.draw_rung
+        and ended.task.key not in now.failed
+    ]
+    own.sort(key=lambda trial: (-belief.value(trial.config), trial.key))
+    proposals: dict[Config, tuple[Setting, Density]] = {}
+    tried = [RECOMMENDED, *(trial.setting for trial in drawn)]
     for turn in range(PROPOSALS):
-        drawn = draw(
-            seed=f"{plan.seed}:{arm.name}:{number}:{turn}", dimensions=dimensions,
-            rung=plan.draw_rung, best=best, tried=tried, pool=plan.pool,
-        )  # fmt: skip
-        if drawn is None:
-            return {}
-        found[arm.name, -1 - turn] = drawn
-    for place, trial in enumerate(there[:_BEST_FOR_DRAWS]):
-        setting = limited(trial.setting, dimensions)
-        if setting not in tried and (not plan.pool or setting in plan.pool):
-            found[arm.name, -1 - PROPOSALS - place] = setting, Density.INCUMBENT
-    return found
+        found = draw(
+            seed=f"{plan.seed}:{arm.name}:{number}:{turn}",
+            dimensions=active_dimensions(arm.candidate),
+            rung=plan.draw_rung,
+            best=[trial.setting for trial in own[:_BEST_FOR_DRAWS]],
+            tried=tried,
+            pool=plan.pool,
+        )
+        if found is None:
+            return None
+        proposals[arm.name, -1 - turn] = found
+    belief = believe(plan, known, proposed={c: s for c, (s, _) in proposals.items()})
+    top = max(belief.value(config) for config in belief.configs if _is_tried(arm, config))
+    chosen = max(proposals, key=lambda config: (belief.improvement(config, top), config[1]))
+    setting, density = proposals[chosen]
+    return Trial(arm.name, number, 0, setting, Origin(density.value))
 
 
-def _best_of(
-    now: Standing, number: int, known: Study, proposals: Proposals, chosen: Sequence[Trial]
-) -> list[Trial]:
-    """The proposal that adds most to the best of all that was tried; none of no proposals.
-
-    In one arm that is the largest expected improvement over its best: the mix says where to look,
-    the results where not to look again.
-    """
-    if not proposals:
-        return []
-    plan, arms = now.plan, {arm for arm, _ in proposals}
-    points = {config: setting for config, (setting, _) in proposals.items()}
-    points |= {trial.config: trial.setting for trial in chosen}
-    belief = believe(plan, known, proposed=points)
-    beside = [e.task.trial.config for e in known.ended if len(arms) > 1 or e.task.trial.arm in arms]
-    beside += [trial.config for trial in chosen]
-    (best,) = belief.set_apart(list(proposals), sorted(set(beside)), 1)
-    setting, density = proposals[best]
-    arm = best[0]
-    draw_number, taken = number + 1, {trial.draw for trial in now.draws_of(arm)}
-    # A person may have asked for a setting under that number.
-    while draw_number in taken:
-        draw_number += _STRIDE
-    return [Trial(arm, draw_number, 0, setting, Origin(density.value))]
+def _is_tried(arm: Arm, config: Config) -> bool:
+    return config[0] == arm.name and config[1] >= 0
 
 
 def _repeated(now: Standing) -> Iterator[Wanted]:
