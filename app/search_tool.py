@@ -32,7 +32,8 @@ from core.errors import InvalidInput
 from core.run_spec import CandidateSpec
 from core.spec import PenaltyTerm
 from selection.draws import REACH, RECOMMENDED, Setting, candidate_at
-from selection.quote import fit_shape, quote, shaped
+from selection.quote import fit_shape, quote
+from selection.shapes import shaped
 from selection.study import Arm, Budget
 from selection.ties import Entrant, Floats, Ints, on_level
 from selection.winner import FinishedTrial, paired_error, select_winner

@@ -10,7 +10,8 @@ from core.errors import InvalidInput
 from core.lifecycle import EndedBy
 from selection.belief import believe, misleading, signal
 from selection.draws import RECOMMENDED, Setting
-from selection.quote import SHAPES, costs_of, fit_shape, plan_search, quote
+from selection.quote import costs_of, fit_shape, plan_search, quote
+from selection.shapes import SHAPES
 from selection.study import Budget, Ended, Origin, Plan, StoppedBy, Study, Task, Trial
 from tests.unit.selection.searches import arms, finished, plan, run_alone
 

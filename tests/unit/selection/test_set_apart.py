@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from selection.belief import Belief, Config, Sizes
-from selection.quote import SHAPES, fit_shape
+from selection.quote import fit_shape
+from selection.shapes import SHAPES
 from selection.study import Budget
 from tests.unit.selection.searches import plan
 
