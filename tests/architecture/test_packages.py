@@ -140,6 +140,8 @@ def test_every_error_has_the_same_root(packages: frozenset[str], root: type[Exce
     assert not strangers, f"derive these from {root.__module__}.{root.__name__}: {strangers}"
 
 
+# Another test of this process may have made an app before.
+@pytest.mark.filterwarnings("ignore::celery.exceptions.DuplicateTaskNameWarning")
 def test_every_task_name_has_a_task(tmp_path: Path) -> None:
     from worker.celery_app import make_celery
 
