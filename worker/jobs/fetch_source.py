@@ -1,5 +1,6 @@
 """Brings the source of a dataset to where an upload would be: once, pinned, and under the fence."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -107,10 +108,17 @@ def source_report(dataset: Dataset) -> dict[str, Any]:
 
 def _adopted(context: JobContext, dataset: Dataset, place: Path) -> bool:
     """Whether the source has been brought already; this version then knows of it, too."""
-    first = _first_version(context, dataset)
-    if first.sha256 is None or not place.is_file():
+    if not place.is_file():
         return False
-    _record(context, dataset, size_bytes=first.bytes, sha256=first.sha256, origin=first.origin)
+    first = _first_version(context, dataset)
+    size_bytes, sha256 = first.bytes, first.sha256
+    if sha256 is None:
+        # It is whole, or it would not be in its place; whoever put it there has not committed yet,
+        # or died before.
+        with place.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size_bytes = place.stat().st_size
+    _record(context, dataset, size_bytes=size_bytes, sha256=sha256, origin=first.origin)
     return True
 
 
