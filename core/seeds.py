@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 _NOTHING = 1e-9
 """Pivots below are 0 but for rounding: nothing tells that seed from those before it."""
 
-Matrix = list[list[float]]
-
 
 def levels(log_losses: Sequence[Mapping[int, float]]) -> list[float]:
     """Return what each configuration shows, as if all had been trained with the lowest seed alone.
@@ -27,20 +25,26 @@ def levels(log_losses: Sequence[Mapping[int, float]]) -> list[float]:
     Raises:
         ValueError: a configuration has no log-loss.
     """
-    places, normal = _normal([tuple(each) for each in log_losses])
-    right = [0.0] * len(places)
+    if not all(log_losses):
+        raise ValueError("a configuration has no log-loss; expected one or more of each")
+    places = {seed: k for k, seed in enumerate(sorted({s for each in log_losses for s in each}))}
+    normal = [[0.0] * (len(places) + 1) for _ in places]  # the right side beside the matrix
     for each in log_losses:
         mean = math.fsum(each.values()) / len(each)
         for seed, value in each.items():
-            right[places[seed]] += value - mean
-    (shifts,) = _solved(normal, [right])
+            row = normal[places[seed]]
+            row[-1] += value - mean
+            row[places[seed]] += 1.0
+            for other in each:
+                row[places[other]] -= 1.0 / len(each)
+    shifts = _solved(normal)
     return [
         math.fsum(value - shifts[places[seed]] for seed, value in each.items()) / len(each)
         for each in log_losses
     ]
 
 
-def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
+def level_weights(seeds: Sequence[Sequence[int]]) -> list[list[float]]:
     """Return W with a = W y: y (N,) holds the log-losses, configuration by configuration.
 
     `seeds[i]` are those of configuration i, in the order of its log-losses; W is
@@ -49,54 +53,28 @@ def level_weights(seeds: Sequence[Sequence[int]]) -> Matrix:
     Raises:
         ValueError: a configuration has no seed.
     """
-    places, normal = _normal(seeds)
-    right = [[_centred(own, seed, other) for other in places] for own in seeds for seed in own]
-    shifts, found, at = _solved(normal, right), [], 0
-    for own in seeds:
-        row = [-math.fsum(c[places[seed]] for seed in own) / len(own) for c in shifts]
-        for k in range(len(own)):
-            row[at + k] += 1.0 / len(own)
-        at += len(own)
-        found.append(row)
-    return found
+    columns = [
+        levels([{s: float((i, s) == one) for s in own} for i, own in enumerate(seeds)])
+        for one in [(i, s) for i, own in enumerate(seeds) for s in own]
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _normal(seeds: Sequence[Sequence[int]]) -> tuple[dict[int, int], Matrix]:
-    """Places of the seeds, lowest first, and the normal equations of what they do."""
-    if not all(seeds):
-        raise ValueError("a configuration has no seed; expected one or more of each")
-    places = {seed: k for k, seed in enumerate(sorted({s for own in seeds for s in own}))}
-    normal = [[0.0] * len(places) for _ in places]
-    for own in seeds:
-        for seed in own:
-            for other in own:
-                normal[places[seed]][places[other]] += _centred(own, seed, other)
-    return places, normal
-
-
-def _centred(own: Sequence[int], seed: int, other: int) -> float:
-    """Of the projection off a configuration's mean: entry (seed, other)."""
-    return float(seed == other) - (1.0 / len(own) if other in own else 0.0)
-
-
-def _solved(matrix: Matrix, right: Matrix) -> Matrix:
-    """Solve matrix x = r for every r: symmetric, of a handful of seeds, and singular.
+def _solved(rows: list[list[float]]) -> list[float]:
+    """Solve a system given as rows, right sides last: symmetric, of a few seeds, and singular.
 
     Of seeds that only differences are known of, the lowest one is 0.
     """
-    size = len(matrix)
-    rows = [[*matrix[k], *(r[k] for r in right)] for k in range(size)]
+    found = [0.0] * len(rows)
     known = []
-    for k in reversed(range(size)):
-        pivot = rows[k]
-        if pivot[k] < _NOTHING:
+    for k in reversed(range(len(rows))):
+        if rows[k][k] < _NOTHING:
             continue
         known.append(k)
-        for j in range(size):
+        for j in range(len(rows)):
             if j != k:
-                factor = rows[j][k] / pivot[k]
-                rows[j] = [a - factor * b for a, b in zip(rows[j], pivot, strict=True)]
-    return [
-        [rows[k][size + n] / rows[k][k] if k in known else 0.0 for k in range(size)]
-        for n in range(len(right))
-    ]
+                factor = rows[j][k] / rows[k][k]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[k], strict=True)]
+    for k in known:
+        found[k] = rows[k][-1] / rows[k][k]
+    return found

@@ -8,10 +8,9 @@ In percent of log-loss, the unit of the recommender's scores. At rung k a trial 
 s_k is how much of an effect shows at that length, u what a short run says wrongly, e the noise of
 a seed and of a finite validation set. Kernel and divergence are parts of u as well as of z: what
 learns fast at first does so in every pair. Levels are free: trials of the same rung and seed are
-compared.
-The sizes of all these come from the first rung, which all arms reach, by empirical Bayes: average
-over a grid, weighted by marginal likelihood. A score is believed as far as the first rung bears it
-out (b), and a kernel's or a divergence's other pairs inform a pair as far as the rung is additive.
+compared. How far z is a matter of kernel and divergence is given (_LASTING); the other sizes come
+from the first rung, which all arms reach, by empirical Bayes: average over a grid, weighted by
+marginal likelihood. A score is believed as far as the first rung bears it out (b).
 """
 
 import hashlib
@@ -53,11 +52,11 @@ _SPLITS = (
     (0.93, 0.05, 0.02),
 )  # fmt: skip
 _LASTING = (0.05, 0.65, 0.3)
-"""How far effects at the end are a matter of kernel, divergence, and neither. In the recorded table
-divergences explain most of what pairs at one setting differ by, kernels hardly anything."""
+"""How far effects at the end are a matter of kernel, divergence, and neither: divergences explain
+most of what pairs at one setting differ by, kernels little (docs/search.md, recorded table)."""
 _SLOPES = (0.0, 0.5, 1.0)
 _SLOPE_PRIOR = (0.7, 0.2, 0.1)
-"""Scores of the recommender did hardly better than chance in the recorded tables."""
+"""Scores did hardly better than chance where they were compared with runs (docs/selection.md)."""
 _NOISES = (0.15, 0.3, 0.6, 1.2)
 
 
@@ -82,7 +81,7 @@ def signal(step: int, whole: int) -> float:
     """How much of an effect at full length shows after so many steps of it, s_k in (0, 1].
 
     .35, .55, .8, 1 at 2, 6, 20, 100 % of a long run, as the search was designed; times .25, .3, 1
-    after 5, 16, 60 steps, as recorded in runs of 80.
+    after 5, 16, 60 steps: between that and the less that runs of 80 steps show (docs/search.md).
     """
     return _at(step, whole, _SIGNAL, _EARLY_SIGNAL)
 
@@ -91,7 +90,7 @@ def misleading(step: int, whole: int) -> float:
     """Variance of what a rung says wrongly, u, as a multiple of that of effects: 1/rho^2 - 1.
 
     rho is the correlation with full length that is left without noise: .6, .75, .9, 1 at the same
-    parts of a long run, times .33, .67, 1 after as many steps.
+    parts of a long run, times .33, .67, 1 after as many steps, on the same grounds.
     """
     return 1.0 / _at(step, whole, _CORRELATION, _EARLY_CORRELATION) ** 2 - 1.0
 
@@ -99,8 +98,8 @@ def misleading(step: int, whole: int) -> float:
 def misleading_settings(step: int, whole: int) -> float:
     """The same of settings: times .1, .2 after 5 and 16 steps, .7 after 60, 1 after 200.
 
-    Who learns fast is ahead in a short run, good or not: in the recorded runs of 80 steps settings
-    came in nearly any order, whatever 16 steps had shown. What 60 and 200 show is assumed.
+    Who learns fast is ahead in a short run, good or not. All of it is assumed: four settings a
+    dataset are recorded, which say hardly more than that the order changes.
     """
     return 1.0 / _at(step, whole, _CORRELATION, _EARLY_SETTINGS) ** 2 - 1.0
 
@@ -114,7 +113,10 @@ def _at(step: int, whole: int, parts: Sequence[float], early: Sequence[float]) -
 
 @dataclass(frozen=True)
 class Sizes:
-    """Standard deviations in percent at full length, the slope b of scores, the noise e."""
+    """Standard deviations in percent at full length, the slope b of scores, the noise e.
+
+    `split` is how far u is a matter of kernel, divergence, and neither.
+    """
 
     spread: float
     split: tuple[float, float, float]
@@ -228,10 +230,8 @@ def believe(
     if not measured:
         return Belief(configs, prior, covariance, sizes)
     rungs = np.array([ended.task.rung for ended in measured])
-    stages = np.unique(
-        [(ended.task.rung, ended.task.trial.repeat) for ended in measured],
-        axis=0, return_inverse=True,
-    )[1]  # fmt: skip
+    repeats = np.array([ended.task.trial.repeat for ended in measured])
+    stages = rungs + len(plan.rungs) * repeats
     where = np.array([index[ended.task.trial.config] for ended in measured])
     y = np.array([_percent(ended) for ended in measured])
     scale, wrong, wrong_settings = _rung_terms(plan)

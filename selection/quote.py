@@ -15,7 +15,7 @@ import numpy as np
 from core.errors import InvalidInput
 from core.lifecycle import EndedBy
 from selection.draws import Setting
-from selection.shapes import SHAPES, shaped, wider
+from selection.shapes import MOST_FINALISTS, SHAPES, shaped
 from selection.study import (
     Arm,
     Budget,
@@ -366,15 +366,21 @@ def _pays(plan: Plan, *, workers: int) -> bool:
 
 
 def _widened(plan: Plan, dearer: Shape, *, workers: int) -> Plan:
-    """The plan with as much of a dearer shape as its budget pays: the longest runs first."""
-    found = plan
-    steps = [
-        *(f"kept {k}" for k in reversed(range(len(dearer.kept)))), "draws", "leading", "screened",
-    ]  # fmt: skip
-    for step in steps:
-        while (shape := wider(found.shape, dearer, step)) is not None:
-            tried = replace(found, shape=shape)
-            if not _pays(tried, workers=workers):
+    """The plan with as much of a dearer shape as its budget pays: the longest runs first.
+
+    What tells is the last rung: of finalists as many as any shape has.
+    """
+    for k in reversed(range(plan.last)):
+        most = MOST_FINALISTS if k == plan.last - 1 else dearer.kept[k]
+        while (kept := plan.shape.kept)[k] < most:
+            tried = replace(plan.shape, kept=(*kept[:k], kept[k] + 1, *kept[k + 1 :]))
+            if not _pays(wider := replace(plan, shape=tried), workers=workers):
                 break
-            found = tried
-    return found
+            plan = wider
+    for name in ("draws", "leading", "screened"):
+        while (number := getattr(plan.shape, name)) < getattr(dearer, name):
+            tried = replace(plan.shape, **{name: number + 1})
+            if not _pays(wider := replace(plan, shape=tried), workers=workers):
+                break
+            plan = wider
+    return plan

@@ -204,10 +204,13 @@ def _drawn(now: Standing) -> Iterator[Wanted]:
     }
     belief = believe(plan, _known_to(now, own, 0))
     screened = {e.task.trial.arm for e in now.at(0) if not e.task.trial.draw}
-    order = [arm for arm, _ in belief.set_apart([(arm, 0) for arm in screened], [], len(screened))]
-    drawn = [arm for arm in order if own[arm] and arm != plain]
-    fresh = [arm for arm in order if not own[arm] and arm != plain]
-    leading = (drawn + fresh)[: max(shape.leading, len(drawn))]
+    pairs = sorted(
+        ((arm, 0) for arm in screened if arm != plain), key=lambda c: (-belief.value(c), c)
+    )
+    drawn = [config for config in pairs if own[config[0]]]
+    fresh = [config for config in pairs if not own[config[0]]]
+    drawn += belief.set_apart(fresh, drawn, shape.leading - len(drawn))
+    leading = [arm for arm, _ in drawn]
     fine = [e for e in now.measured if e.task.key == (plain, 0, 0, 0) and plan.accepts(e)]
     arms = leading + [plain] * len(fine)
     open_rounds = [_round_of(task.trial, own) for task in running]

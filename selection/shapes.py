@@ -17,20 +17,7 @@ SHAPES: dict[str, Shape] = {
     "least": Shape(3, (2, 1, 1), leading=1, draws=1, repeats=0),
 }
 """From the dearest to the cheapest, over four rungs (docs/search.md)."""
-
-
-def wider(shape: Shape, dearer: Shape, step: str) -> Shape | None:
-    """The shape with one more of something; None where it has as much as the dearer one."""
-    if step.startswith("kept"):
-        k = int(step.split()[1])
-        is_last = k == len(shape.kept) - 1
-        # What tells is the last rung: of that as much as any shape has.
-        most = max(s.kept[-1] for s in SHAPES.values()) if is_last else dearer.kept[k]
-        if shape.kept[k] >= most:
-            return None
-        return replace(shape, kept=(*shape.kept[:k], shape.kept[k] + 1, *shape.kept[k + 1 :]))
-    number = getattr(shape, step)
-    return replace(shape, **{step: number + 1}) if number < getattr(dearer, step) else None
+MOST_FINALISTS = max(shape.kept[-1] for shape in SHAPES.values())
 
 
 def shaped(plan: Plan, name: str) -> Plan:

@@ -51,8 +51,8 @@ class SeedNoise:
 
 
 SEED_NOISE = SeedNoise(own=0.03, shared=0.06)
-"""As in the recorded table of several settings and two seeds (docs/search.md), rounded up: short
-runs of a small model, where own is 0.3 to 4.4 % and shared 1.2 to 8.1 % by dataset."""
+"""A guess: the recorded table (docs/search.md) has up to about as much of shared noise, and less of
+own noise, but that of pairs as recommended. Where settings differ nothing is recorded."""
 
 
 @dataclass(frozen=True, eq=False)

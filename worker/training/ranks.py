@@ -46,15 +46,13 @@ class Ranks:
         """This process's micro-batches of a step; the processes have equally many tokens of it.
 
         A pure function of its arguments. Groups may be empty where processes are sharded and
-        others have more of them.
+        others have more of them. One process alone may have `lanes`.
         """
         if self.size == 1:
             return micro_batches(pairs, index, max_tokens=max_tokens, form=form, lanes=lanes)
         sizes = {i: computed_tokens(pairs[i], form) for i in index}
         shares = spread(index, sizes, self.size)
-        groups = [
-            micro_batches(pairs, s, max_tokens=max_tokens, form=form, lanes=lanes) for s in shares
-        ]
+        groups = [micro_batches(pairs, s, max_tokens=max_tokens, form=form) for s in shares]
         mine = groups[self.rank]
         if self.sharded:
             mine = mine + [[]] * (max(len(g) for g in groups) - len(mine))

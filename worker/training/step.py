@@ -112,6 +112,14 @@ class PairLoss(nn.Module):
         return scored_batch(self._policy, batch, base)
 
 
+class _Part(NamedTuple):
+    """A micro-batch that is done: its pairs, its part of the loss, and metrics."""
+
+    group: list[int]
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
 @dataclass
 class PairStep:
     """Gradients and metrics of the pairs of one optimizer step.
@@ -195,12 +203,15 @@ class PairStep:
         )
 
     def _accumulate(self, index: Sequence[int], *, denominator: int) -> dict[str, Tensor]:
-        groups = self._groups(index)
-        found = self._side_by_side if self._lanes > 1 else self._one_by_one
+        groups, size = self._groups(index), self.ranks.size
+        parts = (
+            self._side_by_side(groups, denominator)
+            if self._lanes > 1
+            else self._one_by_one(groups, denominator / size, stand_in=index[0])
+        )
         loss_total = self._chosen.new_zeros(())
         totals: dict[str, Tensor] = {}
-        size = self.ranks.size
-        for group, loss, metrics in found(groups, index[0], denominator / size):
+        for group, loss, metrics in parts:
             loss_total = loss_total + loss / size
             for name, value in metrics.items():
                 if value.ndim == 0:
@@ -211,8 +222,8 @@ class PairStep:
         return {"loss": loss_total, **totals}
 
     def _one_by_one(
-        self, groups: Sequence[list[int]], stand_in: int, denominator: float
-    ) -> Iterator["_Part"]:
+        self, groups: Sequence[list[int]], denominator: float, *, stand_in: int
+    ) -> Iterator[_Part]:
         """Micro-batches one after another; gradients go where backward leaves them."""
         module = self.loss if self.module is None else self.module
         for is_last, group in _with_last(groups):
@@ -227,9 +238,7 @@ class PairStep:
                 loss.backward()
             yield _Part(group, loss.detach(), metrics)
 
-    def _side_by_side(
-        self, groups: Sequence[list[int]], _: int, denominator: float
-    ) -> Iterator["_Part"]:
+    def _side_by_side(self, groups: Sequence[list[int]], denominator: float) -> Iterator[_Part]:
         """Micro-batches in lanes; their gradients are added in the order of the groups.
 
         The same sums whichever lane is faster: lanes that all add to `.grad` would add in the
@@ -273,14 +282,6 @@ class PairStep:
                 frozen.rejected[batch.index],
             ),
         )
-
-
-class _Part(NamedTuple):
-    """A micro-batch that is done: its pairs, its part of the loss, and metrics."""
-
-    group: list[int]
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 def _with_last(groups: Sequence[list[int]]) -> Iterator[tuple[bool, list[int]]]:

@@ -57,5 +57,5 @@ def test_as_least_squares_of_a_library() -> None:
 
 
 def test_a_configuration_without_a_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="no seed"):
+    with pytest.raises(ValueError, match="no log-loss"):
         levels([{0: 0.5}, {}])
