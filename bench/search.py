@@ -13,6 +13,7 @@ import optuna
 from bench import search_fit, search_record, search_report, selection_cases, selection_report
 from bench.options import parse, table_parser
 from bench.search_fit import ShortRuns
+from bench.search_parts import parts_of
 from bench.search_report import LAWS, MIN_DATASETS, Findings
 from bench.search_table import Case, Judge, cases, halved, worlds
 from bench.search_ties import named
@@ -65,6 +66,7 @@ def findings(tuned: Table, single: Table, *, replicates: int) -> Findings:
         twice=min((case.twice for case in found), default=0),
         names=[named(case) for case in found],
         short=short_runs(found, single.rows),
+        parts=[parts_of(case) for case in found],
     )
 
 

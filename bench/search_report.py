@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from bench import search_ties
 from bench.report import ROOT, publish_block
 from bench.search_fit import ShortRuns
+from bench.search_parts import Parts, parts_table
 from bench.search_strategies import STRATEGIES, Pick, grid
 from bench.search_ties import Names
 from bench.search_world import Law, World, made_up
@@ -262,7 +263,7 @@ class Findings:
 
     `tuned` is judged by the checkpoints that were picked; `again` by another seed's runs of what
     was picked, at `twice` settings. `names` are A/A tests by dataset, `short` is what rungs of the
-    tables say of whole runs.
+    tables say of whole runs, `parts` what decides these.
     """
 
     tuned: Sequence[Outcome]
@@ -275,6 +276,7 @@ class Findings:
     twice: int = 0
     names: Sequence[Names] = ()
     short: Sequence[ShortRuns] = ()
+    parts: Sequence[Parts] = ()
 
     @property
     def goals(self) -> list[Row]:
@@ -302,6 +304,8 @@ def block(found: Findings) -> str:
     parts += found.told
     if found.names:
         parts += ["**One configuration under two names.**", search_ties.names_table(found.names)]
+    if found.parts:
+        parts += ["**What decides, and when it shows: the same runs.**", parts_table(found.parts)]
     for short in found.short:
         if short.fitted:
             parts += [f"**What short runs say of whole ones: {short.table}.**", short.text]
@@ -327,6 +331,7 @@ def report(found: Findings, *, publish: bool) -> None:
             "settings": found.settings,
             "made_up_worlds_of_each_law": found.replicates,
             "two_names": [asdict(each) for each in found.names],
+            "parts": [asdict(each) for each in found.parts],
             "short_runs": [asdict(each) for each in found.short],
             "sources": {
                 name: [_as_row(line) for line in lines(of)] for name, of in sources.items()

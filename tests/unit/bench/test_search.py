@@ -24,6 +24,7 @@ from bench.search_fit import (
     looks_of_seeds,
     repeated,
 )
+from bench.search_parts import parts_of, parts_table
 from bench.search_record import (
     BUDGET,
     RUNGS,
@@ -470,6 +471,29 @@ def test_looks_of_a_table_share_neither_seed_nor_pairs() -> None:
         table_of_one(), budget=selection_cases.BUDGET, rungs=selection_cases.RUNGS
     )
     assert both[0].one.shape == both[0].other.shape == (3, 29)
+
+
+def test_what_decides_is_found_again() -> None:
+    """Divergences decide, more with every setting, and half of the run shows it; kernels do not."""
+    divergences = sorted({pair.split(" × ")[1] for pair in PAIRS})
+    rows = table_of(3)
+    for row in rows[1:]:
+        place = 0 if row["pair"] == PLAIN else divergences.index(row["pair"].split(" × ")[1])
+        row["margins"] = margins(0.2 * place + row["setting"], 3)
+        early = {str(RUNGS[0]): 1.0 - 0.1 * place, str(RUNGS[1]): 0.1 * place}
+        row["rungs"] = {
+            step: kept | {"margins": margins(early[step], 3)} for step, kept in row["rungs"].items()
+        }
+    (case,), _ = cases(rows)
+    found = parts_of(case)
+    assert (found.settings, found.data) == (3, "made-up")
+    assert found.divergence == pytest.approx(1.0)
+    assert found.kernel == pytest.approx(0.0, abs=1e-9)
+    assert found.of_pairs[0] < -0.9
+    assert found.of_pairs[1] > 0.9
+    assert found.settings_sd > found.pairs_sd > 0.0
+    assert "| made-up | 3 |" in parts_table([found])
+    assert parts_of(case.first(2)).of_settings is None
 
 
 def test_the_settings_of_the_table_are_in_the_search_space() -> None:
