@@ -4,6 +4,7 @@ Rules about imports between our packages are import-linter's (`[tool.importlinte
 """
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -320,6 +321,7 @@ EVERYWHERE: tuple[Rule, ...] = (no_swallowed_errors, short_enough, short_functio
 # ------------------------------------------------------------------ files
 
 
+@functools.cache
 def read_sources(root: Path, packages: tuple[str, ...]) -> list[Source]:
     """Every Python file of the given top folders."""
     return [

@@ -167,12 +167,10 @@ def test_from_file_to_checkpoint(service: Service, small_dataset: Path, tmp_path
 def test_named_pair_and_plain_dpo(small_dataset: Path, tmp_path: Path) -> None:
     with Service.embedded(tmp_path) as service, service.client() as client:
         dataset = upload(client, small_dataset)
-        named = {
-            "type": "kernel_dpo",
-            "kernel_dpo": {"kernel": "hmk", "divergence": "jensen_shannon"},
-        }
-        pair = create(client, dataset["id"], named)
-        plain = create(client, dataset["id"], {"type": "dpo"})
+        short = {"max_steps": 2, "batch_size": 4}
+        named = {"kernel": "hmk", "divergence": "jensen_shannon", "hyperparameters": short}
+        pair = create(client, dataset["id"], {"type": "kernel_dpo", "kernel_dpo": named})
+        plain = create(client, dataset["id"], {"type": "dpo", "dpo": {"hyperparameters": short}})
         done = finished_job(service, pair["id"])
         assert done["status"] == "succeeded", done["error"]
         weights = done["result"]["run"]["mixture_weights"]

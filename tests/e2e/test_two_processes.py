@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.service import Service, finished_job, process_table, upload, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(420)]
 
 
 def ranks(service: Service) -> list[int]:

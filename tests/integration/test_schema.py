@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.integration.schema_world import Live, live_server, name_of, operations, read_schema
 
-CASES = int(os.environ.get("SCHEMA_CASES", "2000"))
+CASES = int(os.environ.get("SCHEMA_CASES", "1000"))
 IS_SOAK = "SCHEMA_CASES" in os.environ
 
 # What a request that follows the document may still be refused for, with 422.

@@ -30,6 +30,14 @@ SMALL = pairs(40)
 LARGE = pairs(20_000)
 
 
+# Most of what needs a database and a broker is the same on both; the second one is soaked.
+soaked_embedded = pytest.mark.parametrize(
+    "stack",
+    [pytest.param("sqlite+files", marks=pytest.mark.soak), "postgres+redis"],
+    indirect=True,
+)
+
+
 def _params(request: pytest.FixtureRequest, kind: str) -> tuple[str, str | None]:
     if kind == "sqlite+files":
         return str(request.getfixturevalue("sqlite_url")), None
@@ -152,6 +160,7 @@ def test_killed_worker_loses_nothing_and_leaves_nobody(stack: Stack) -> None:
     assert time.monotonic() - killed_at < 40
 
 
+@soaked_embedded
 def test_broker_that_lost_everything_costs_no_job(stack: Stack) -> None:
     waiting = stack.submit(SMALL)
     with_message = relay_once(stack.database, stack.sender())
@@ -165,6 +174,7 @@ def test_broker_that_lost_everything_costs_no_job(stack: Stack) -> None:
     assert stack.ended(after).status is JobStatus.SUCCEEDED
 
 
+@soaked_embedded
 def test_lost_wake_up_is_sent_again(stack: Stack) -> None:
     stack.start()
     wait_for("the worker", lambda: _live_workers(stack))
@@ -185,6 +195,7 @@ def _live_workers(stack: Stack) -> list[str]:
         return list(session.execute(select(Worker.id)).scalars())
 
 
+@soaked_embedded
 def test_many_messages_run_a_job_once(stack: Stack) -> None:
     sender = stack.sender()
     stack.start()
@@ -198,6 +209,7 @@ def test_many_messages_run_a_job_once(stack: Stack) -> None:
         stack.assert_one_story(job_id)
 
 
+@soaked_embedded
 def test_sigterm_gives_the_job_back_without_penalty(stack: Stack) -> None:
     job_id = stack.submit(LARGE)
     worker = stack.start()
@@ -224,6 +236,7 @@ def test_worker_leaves_with_its_parent(embedded: Stack) -> None:
     assert embedded.outcomes(job_id) == [AttemptOutcome.PREEMPTED]
 
 
+@soaked_embedded
 def test_cancel_ends_the_process_first(stack: Stack) -> None:
     job_id = stack.submit(LARGE)
     worker = stack.start()
@@ -238,6 +251,7 @@ def test_cancel_ends_the_process_first(stack: Stack) -> None:
     stack.assert_one_story(job_id)
 
 
+@soaked_embedded
 def test_worker_without_database_kills_its_job_before_the_lease_ends(stack: Stack) -> None:
     job_id = stack.submit(LARGE)
     worker = stack.start()

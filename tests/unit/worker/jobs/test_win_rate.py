@@ -53,12 +53,12 @@ def test_the_interval_is_one_of_a_share() -> None:
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = 0
-    for trial in range(200):
+    for trial in range(100):
         wins = np.where(rng.random(60) < 0.7, 1.0, -1.0)
         rate = win_rate(wins, reward_model="judge", seed=trial).rate
         hits += rate.low <= 0.7 <= rate.high
-    # 95 % of 200, three standard errors below.
-    assert hits >= 180
+    # 95 % of 100, three standard errors below.
+    assert hits >= 88
 
 
 def row(prompt: int, pair: int) -> CanonicalRow:

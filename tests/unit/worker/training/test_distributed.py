@@ -155,7 +155,13 @@ class Spy:
         return result
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"], ids=["ddp-lora-hmk", "fsdp2-full-hmk"])
+@pytest.mark.parametrize(
+    "adaptation",
+    [
+        pytest.param("lora", marks=pytest.mark.soak, id="ddp-lora-hmk"),
+        pytest.param("full", id="fsdp2-full-hmk"),
+    ],
+)
 def test_two_processes_stopped_and_resumed_give_the_result_of_one(
     bench: Bench,
     full: Bench,
