@@ -55,13 +55,10 @@ def connect_first(peers: list[Peer], *, timeout_s: float) -> socket.socket:
 
 
 @contextmanager
-def shut_down_after(
-    seconds: float, connection: socket.socket | ssl.SSLSocket, ended: threading.Event
-) -> Iterator[None]:
+def shut_down_after(seconds: float, connection: socket.socket | ssl.SSLSocket) -> Iterator[None]:
     """Break a connection off when its time is over, whatever it is waiting for."""
 
     def end() -> None:
-        ended.set()
         with suppress(OSError):  # the other side was faster
             # Of the plain socket: SSLSocket.shutdown drops the TLS state under the reader.
             socket.socket.shutdown(connection, socket.SHUT_RDWR)

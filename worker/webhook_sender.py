@@ -6,7 +6,6 @@ Proxies of the environment are not used: they would resolve the name anew.
 import http.client
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,11 +24,10 @@ _MAX_REASON = 300
 def post(url: str, body: bytes, headers: Mapping[str, str], settings: WebhookSettings) -> Attempt:
     """Send a body and return what came of it; only a 2xx is a success."""
     began = time.monotonic()
-    ended = threading.Event()
     status: int | None = None
     error: str | None = None
     try:
-        status = _status(webhook_target(url, settings), body, headers, settings, ended)
+        status = _status(webhook_target(url, settings), body, headers, settings)
         if not 200 <= status < 300:
             error = "redirects are not followed" if 300 <= status < 400 else f"answered {status}"
     except KdpoError as refused:
@@ -37,7 +35,8 @@ def post(url: str, body: bytes, headers: Mapping[str, str], settings: WebhookSet
     except ssl.SSLCertVerificationError as failure:
         error = f"the certificate is not trusted: {failure.verify_message}"
     except (OSError, http.client.error) as failure:
-        slow = ended.is_set() or isinstance(failure, TimeoutError)
+        # A connection that is broken off when its time is over fails in several ways.
+        slow = isinstance(failure, TimeoutError) or time.monotonic() - began >= settings.timeout_s
         error = f"no answer within {settings.timeout_s:g} s" if slow else _said(failure)
     took = int((time.monotonic() - began) * 1000)
     return Attempt(
@@ -54,7 +53,6 @@ def _status(
     body: bytes,
     headers: Mapping[str, str],
     settings: WebhookSettings,
-    ended: threading.Event,
 ) -> int:
     """Return the status of the answer.
 
@@ -76,10 +74,10 @@ def _status(
                 context.load_verify_locations(cafile=settings.ca_file)
             tls = context.wrap_socket(raw, server_hostname=url.host, do_handshake_on_connect=False)
             connection = stack.enter_context(tls)
-            stack.enter_context(shut_down_after(left_s, tls, ended))
+            stack.enter_context(shut_down_after(left_s, tls))
             tls.do_handshake()
         else:
-            stack.enter_context(shut_down_after(left_s, raw, ended))
+            stack.enter_context(shut_down_after(left_s, raw))
         asked = http.client.HTTPConnection(url.host, url.port)
         asked.sock = connection
         default = 443 if url.scheme == "https" else 80

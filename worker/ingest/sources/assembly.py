@@ -62,11 +62,14 @@ class Gauge:
         """
         left = self._ends_at - time.monotonic()
         if left <= 0:
-            raise self.too_slow()
+            raise self._too_slow()
         return left
 
-    def too_slow(self) -> InvalidInput:
-        """Return the error of a transfer that passed its deadline."""
+    def late(self) -> InvalidInput | None:
+        """Return the error of a transfer that has passed its deadline; None before it."""
+        return None if time.monotonic() < self._ends_at else self._too_slow()
+
+    def _too_slow(self) -> InvalidInput:
         return InvalidInput(
             f"the source took more than {self.limits.deadline_s:g} s",
             code="source_too_slow",

@@ -7,7 +7,6 @@ these; TLS then proves the name. Proxies of the environment are not used: they w
 import http.client
 import re
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
@@ -76,8 +75,7 @@ class HttpsFile:
         context = ssl.create_default_context()
         if sources.ca_file is not None:
             context.load_verify_locations(cafile=sources.ca_file)
-        ended = threading.Event()
-        with _faults_as_errors(location, lambda: sink.gauge.too_slow() if ended.is_set() else None):
+        with _faults_as_errors(location, sink.gauge.late):
             raw = connect_first(peers, timeout_s=min(sources.timeout_s, left_s))
             # The timeout is for each read; a server that sends a byte now and then has the timer.
             with (
@@ -87,7 +85,7 @@ class HttpsFile:
                     do_handshake_on_connect=False,
                     suppress_ragged_eofs=False,
                 ) as tls,
-                shut_down_after(left_s, tls, ended),
+                shut_down_after(left_s, tls),
             ):
                 tls.do_handshake()
                 connection = http.client.HTTPSConnection(
@@ -165,7 +163,10 @@ class HttpsFile:
             received += len(block)
             sink.write(block)
         if length is not None and received != length:
-            raise _unreachable(self._location, f"the answer ended after {received} bytes")
+            # A connection that is broken off at the deadline may look like one that has ended.
+            raise sink.gauge.late() or _unreachable(
+                self._location, f"the answer ended after {received} bytes"
+            )
 
     def _is_the_rest(self, told: str, offset: int, etag: str | None) -> bool:
         """Whether a part is what was asked for: from `offset` to the end of the same version."""
