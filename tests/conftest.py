@@ -50,14 +50,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Leave the modules out of garbage collections: with them each takes half a second."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_new_garbage() -> None:
+    """Leave what is there out of garbage collections: with all modules each takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
