@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +37,7 @@ from tests.integration.source_servers import (
 )
 from tests.integration.test_api import check_problem
 from worker.ingest import table_form
-from worker.ingest.sources import hub
+from worker.ingest.sources import assembly, hub
 from worker.ingest.sources.assembly import sole_writer
 from worker.jobs import validate_dataset
 from worker.jobs.fetch_source import fetch
@@ -476,6 +478,23 @@ def test_a_server_that_stalls_meets_the_deadline(
         error = fetching.refused({"type": "https", "url": fetching.url()})
     finally:
         go_on.set()
+    assert error["code"] == "source_too_slow"
+
+
+def test_an_answer_that_ends_when_time_is_over_is_too_slow(
+    fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is broken off may look like one that the server has ended."""
+    late_s = 0.0
+    monkeypatch.setattr(assembly, "time", SimpleNamespace(monotonic=lambda: monotonic() + late_s))
+
+    def answer(_asked: Asked) -> Reply:
+        nonlocal late_s
+        late_s = 1e6
+        return Reply(200, pairs(40), cut_at=0)
+
+    fetching.https.answer = answer
+    error = fetching.refused({"type": "https", "url": fetching.url()})
     assert error["code"] == "source_too_slow"
 
 

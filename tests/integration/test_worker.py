@@ -29,8 +29,7 @@ SMALL = pairs(40)
 # Seconds of parsing: enough to be hit in the middle.
 LARGE = pairs(20_000)
 
-
-# Most of what needs a database and a broker is the same on both; the second one is soaked.
+# What needs a database and a broker is much the same on both; `make soak` runs the embedded ones.
 soaked_embedded = pytest.mark.parametrize(
     "stack",
     [pytest.param("sqlite+files", marks=pytest.mark.soak), "postgres+redis"],

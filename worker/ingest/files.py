@@ -1,6 +1,7 @@
 """Files that are whole or not there, and a full disk as an error of its own."""
 
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -72,3 +73,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Brings the source of a dataset to where an upload would be: once, pinned, and under the fence."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from models.dataset import Dataset
 from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from worker.context import JobContext
-from worker.ingest.files import sync_folder
+from worker.ingest.files import file_sha256, sync_folder
 from worker.ingest.sources.assembly import (
     Gauge,
     Limits,
@@ -115,9 +114,7 @@ def _adopted(context: JobContext, dataset: Dataset, place: Path) -> bool:
     if sha256 is None:
         # It is whole, or it would not be in its place; whoever put it there has not committed yet,
         # or died before.
-        with place.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size_bytes = place.stat().st_size
+        size_bytes, sha256 = place.stat().st_size, file_sha256(place)
     _record(context, dataset, size_bytes=size_bytes, sha256=sha256, origin=first.origin)
     return True
 

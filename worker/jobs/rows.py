@@ -5,8 +5,8 @@ from pathlib import Path
 from core.errors import FailureCode, RunAborted
 from models.dataset import Dataset
 from worker.context import JobContext
+from worker.ingest.files import file_sha256
 from worker.ingest.pipeline import CANONICAL_NAME
-from worker.training.folders import file_sha256
 
 
 def canonical_path(context: JobContext, dataset: Dataset) -> Path:

@@ -3,7 +3,6 @@
 An invalid dataset is a job that succeeded: it found out what it was asked to.
 """
 
-import hashlib
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from models.repositories.datasets import DatasetRepository
 from models.repositories.jobs import JobRepository
 from models.repositories.quotas import QuotaName, QuotaRepository
 from worker.context import JobContext
-from worker.ingest.files import full_disk_as_error, sync_folder
+from worker.ingest.files import file_sha256, full_disk_as_error, sync_folder
 from worker.ingest.limits import apply_process_limits, mapped_bytes
 from worker.ingest.pipeline import CANONICAL_NAME, PARQUET_NAME, IngestResult, ingest
 from worker.ingest.preview import PairObserver
@@ -192,9 +191,7 @@ def published_files(folder: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+    return {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _limit_this_process(limits: DataLimits, *, beside_bytes: int) -> None:

@@ -17,7 +17,8 @@ from core.errors import FailureCode, RunAborted
 from core.modelref import ModelRef
 from core.results import Comparison, Evaluation, HeavyTails
 from core.spec import KernelTerm, LinkTerm, ObjectiveSpec, PenaltyTerm
-from worker.training.folders import SealedFolder, file_sha256, seal_folder, write_json
+from worker.ingest.files import file_sha256
+from worker.training.folders import SealedFolder, seal_folder, write_json
 from worker.training.model import Policy, load_base, peft_warnings_off
 from worker.training.tokenize import load_tokenizer
 

@@ -11,10 +11,8 @@ from typing import Any
 import orjson
 
 from core.errors import KdpoError
-from worker.ingest.files import full_disk_as_error
+from worker.ingest.files import file_sha256, full_disk_as_error
 from worker.ingest.files import sync_folder as sync_folder
-
-_BLOCK = 1 << 20
 
 
 class FolderDamaged(KdpoError):
@@ -45,15 +43,6 @@ class SealedFolder:
         size = (self.path / self.manifest_name).stat().st_size
         manifest = {"path": self.manifest_name, "bytes": size, "sha256": self.sha256}
         return [*self.files, manifest]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from objectives import PairEmbeddings, per_pair_mean
 from selection.features import ReferenceFeatures
+from worker.ingest.files import file_sha256
 from worker.training.batches import PairBatch, collate, micro_batches
-from worker.training.folders import file_sha256
 from worker.training.forward import hidden_states, score_tokens
 from worker.training.lanes import in_lanes, lanes_of
 from worker.training.model import Policy
